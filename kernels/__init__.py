@@ -1,0 +1,5 @@
+"""GPU kernels in Triton, one file per op. CUDA kernels beside them are compiled into _ops_cuda."""
+
+
+def register() -> None:
+    """Imports every kernel file; each registers itself for CUDA tensors."""

@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+# Deterministic mode also fills every fresh allocation with NaN, in Python and in C++ alike.
+torch.use_deterministic_algorithms(True)
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    torch.manual_seed(0)
+    return request.param
