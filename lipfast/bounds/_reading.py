@@ -1,0 +1,287 @@
+"""How modules and functions of torch and lipfast become layers: one entry each."""
+
+import math
+import operator
+from collections.abc import Callable
+from functools import partial, singledispatch
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lipfast.nn
+from lipfast.bounds.layers import (
+    AveragePool,
+    Conv,
+    Elementwise,
+    L2Pool,
+    Layer,
+    Linear,
+    MaxMin,
+    MaxPool,
+    Pad,
+    Rearrange,
+    Scale,
+    Unsupported,
+)
+from lipfast.ops.clipped_relu import clipped_relu
+from lipfast.ops.max_min import max_min
+
+
+def knows(module: nn.Module) -> bool:
+    return of_module.dispatch(type(module)) is not of_module.dispatch(object)
+
+
+@singledispatch
+def of_module(module: nn.Module, name: str) -> list[Layer]:
+    """The layers that a module stands for, in order; the last has the module's output."""
+    raise Unsupported(name, type(module).__name__)
+
+
+@of_module.register
+def _(module: nn.Linear, name: str) -> list[Layer]:
+    return [Linear(module.weight, module.bias)]
+
+
+@of_module.register(nn.Conv1d)
+@of_module.register(nn.Conv2d)
+def _(module, name: str) -> list[Layer]:
+    padding, before = module.padding, []
+    if padding == "valid":
+        padding = (0,) * len(module.kernel_size)
+    if padding == "same" or (module.padding_mode != "zeros" and any(padding)):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        before = [Pad(tuple(module._reversed_padding_repeated_twice), mode)]
+        padding = (0,) * len(module.kernel_size)
+    return [*before, Conv(module.weight, module.bias, module.stride, tuple(padding), module.dilation, module.groups)]
+
+
+@of_module.register(nn.BatchNorm1d)
+@of_module.register(nn.BatchNorm2d)
+def _(module, name: str) -> list[Layer]:
+    if module.training or module.running_mean is None:
+        raise ValueError(f"layer {name!r}: batch norm has bounds in eval mode with running statistics only; call model.eval()")
+    factor = (module.running_var + module.eps).rsqrt()
+    if module.weight is not None:
+        factor = factor * module.weight
+    column = lambda t: None if t is None else t[:, None, None] if isinstance(module, nn.BatchNorm2d) else t
+    return [Scale(column(module.running_mean), column(factor), column(module.bias))]
+
+
+@of_module.register
+def _(module: lipfast.nn.Normalize, name: str) -> list[Layer]:
+    return [Scale(module.mean, 1 / module.std)]
+
+
+@of_module.register(nn.Dropout)
+@of_module.register(nn.Dropout1d)
+@of_module.register(nn.Dropout2d)
+def _(module, name: str) -> list[Layer]:
+    if module.training and module.p > 0:
+        raise ValueError(f"layer {name!r}: dropout has bounds in eval mode only; call model.eval()")
+    return [Rearrange(lambda x: x)]
+
+
+@of_module.register
+def _(module: nn.Identity, name: str) -> list[Layer]:
+    return [Rearrange(lambda x: x)]
+
+
+@of_module.register(nn.Flatten)
+@of_module.register(nn.Unflatten)
+def _(module, name: str) -> list[Layer]:
+    return [Rearrange(module.forward)]
+
+
+@of_module.register(nn.AvgPool1d)
+@of_module.register(nn.AvgPool2d)
+def _(module, name: str) -> list[Layer]:
+    return [AveragePool(module.forward, _size(module.kernel_size, module))]
+
+
+@of_module.register(nn.AdaptiveAvgPool1d)
+@of_module.register(nn.AdaptiveAvgPool2d)
+def _(module, name: str) -> list[Layer]:
+    return [AveragePool(module.forward, 2**16)]  # terms only enter a rounding error; no window of an image is larger
+
+
+@of_module.register(nn.MaxPool1d)
+@of_module.register(nn.MaxPool2d)
+def _(module, name: str) -> list[Layer]:
+    if module.return_indices:
+        raise Unsupported(name, "max pooling with return_indices")
+    return [MaxPool(module.forward, _disjoint(module) and _all_ones(module.dilation))]
+
+
+@of_module.register(nn.LPPool1d)
+@of_module.register(nn.LPPool2d)
+def _(module, name: str) -> list[Layer]:
+    if float(module.norm_type) != 2:
+        raise Unsupported(name, f"L{module.norm_type} pooling (only L2)")
+    pool = F.avg_pool1d if isinstance(module, nn.LPPool1d) else F.avg_pool2d
+    terms = _size(module.kernel_size, module)
+    square_sum = lambda x: pool(x, module.kernel_size, module.stride, 0, module.ceil_mode) * terms
+    return [L2Pool(square_sum, terms, _disjoint(module))]
+
+
+def _size(kernel, module) -> int:
+    if isinstance(kernel, tuple):
+        return math.prod(kernel)
+    return kernel ** (2 if type(module).__name__.endswith("2d") else 1)
+
+
+def _disjoint(module) -> bool:
+    pair = lambda v: tuple(v) if isinstance(v, (tuple, list)) else (v, v)
+    return all(s >= k for s, k in zip(pair(module.stride or module.kernel_size), pair(module.kernel_size), strict=True))
+
+
+def _all_ones(value) -> bool:
+    return all(v == 1 for v in (value if isinstance(value, (tuple, list)) else (value,)))
+
+
+@of_module.register
+def _(module: lipfast.nn.MaxMin, name: str) -> list[Layer]:
+    return [MaxMin()]
+
+
+@of_module.register
+def _(module: lipfast.nn.ClippedReLU, name: str) -> list[Layer]:
+    return [_clipped(module.threshold)]
+
+
+def _clipped(threshold) -> Layer:
+    return Elementwise(
+        "clipped_relu", lambda x: clipped_relu(x, torch.as_tensor(threshold, dtype=x.dtype, device=x.device)), (0.0, 1.0)
+    )
+
+
+def _leaky(slope: float) -> Layer:
+    if slope < 0:
+        return Elementwise("leaky_relu", partial(F.leaky_relu, negative_slope=slope), (slope, 1.0), (0.0, 0.0, 0.0), error=1)
+    return Elementwise("leaky_relu", partial(F.leaky_relu, negative_slope=slope), (min(slope, 1.0), max(slope, 1.0)), error=1)
+
+
+def _elu(alpha: float, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    return lambda x: scale * F.elu(x, alpha)
+
+
+_SMOOTH = 16.0  # spacings: more than any of torch's implementations errs, against 1 + |x| + |f(x)|
+
+# GELU and SiLU: extrema of the derivative; the minimum -0.16997 (-0.17004 by the tanh formula) lies near -0.752, SiLU's
+# minimum -0.278465 near -1.2785. All rounded outward.
+_ELEMENTWISE: dict[type, Callable[..., Layer]] = {
+    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0)),
+    nn.ReLU6: lambda m: Elementwise("relu6", F.relu6, (0.0, 1.0)),
+    nn.Hardtanh: lambda m: Elementwise("hardtanh", lambda x: x.clamp(m.min_val, m.max_val), (0.0, 1.0)),
+    nn.LeakyReLU: lambda m: _leaky(m.negative_slope),
+    nn.ELU: lambda m: Elementwise("elu", _elu(m.alpha), (0.0, max(1.0, m.alpha)), error=_SMOOTH * max(1.0, m.alpha)),
+    nn.CELU: lambda m: Elementwise("celu", partial(F.celu, alpha=m.alpha), (0.0, 1.0), error=_SMOOTH * max(1.0, m.alpha)),
+    nn.SELU: lambda m: Elementwise("selu", F.selu, (0.0, 1.7581), error=2 * _SMOOTH),
+    nn.Tanh: lambda m: Elementwise("tanh", torch.tanh, (0.0, 1.0), error=_SMOOTH),
+    nn.Sigmoid: lambda m: Elementwise("sigmoid", torch.sigmoid, (0.0, 0.25), error=_SMOOTH),
+    nn.Softsign: lambda m: Elementwise("softsign", F.softsign, (0.0, 1.0), error=_SMOOTH),
+    # Beyond its threshold torch returns x itself, which is log(1 + exp(-threshold))/beta too low.
+    nn.Softplus: lambda m: Elementwise(
+        "softplus",
+        partial(F.softplus, beta=m.beta, threshold=m.threshold),
+        (0.0, 1.0),
+        error=_SMOOTH * max(1.0, 1 / m.beta),
+        jump=1.01 * math.log1p(math.exp(-m.threshold)) / m.beta,
+    ),
+    nn.GELU: lambda m: Elementwise(
+        "gelu", partial(F.gelu, approximate=m.approximate), (-0.1292, 1.1292), (-0.1702, -0.76, -0.74), error=_SMOOTH
+    ),
+    nn.SiLU: lambda m: Elementwise("silu", F.silu, (-0.09985, 1.09985), (-0.27847, -1.28, -1.27), error=_SMOOTH),
+}
+
+
+def _elementwise_module(module, name: str) -> list[Layer]:
+    return [_ELEMENTWISE[type(module)](module)]
+
+
+for _kind in _ELEMENTWISE:
+    of_module.register(_kind)(_elementwise_module)
+
+
+def of_function(function, name: str, args: tuple, kwargs: dict, shape: tuple[int, ...]) -> list[Layer]:
+    """The layers of a function or tensor method inside forward; ``args`` without the first, ``shape`` of its result."""
+    if function in _RESHAPES:
+        return [Rearrange(lambda x: x.reshape(len(x), *shape))]
+    if function in _PERMUTES:
+        return [Rearrange(lambda x: _PERMUTES[function](x, *args, **kwargs))]
+    if function in _MODULE_OF:
+        return of_module(_MODULE_OF[function](*args, **kwargs), name)
+    if function in (F.linear, F.conv1d, F.conv2d):
+        return _affine_function(function, args, kwargs)
+    if function in (torch.abs, "abs", abs, operator.abs):
+        return [Elementwise("abs", torch.abs, (-1.0, 1.0), (0.0, 0.0, 0.0))]
+    if function in (torch.neg, "neg", operator.neg):
+        return [Scale(factor=torch.tensor(-1.0))]
+    if function is clipped_relu:
+        return [_clipped(*args, **kwargs)]
+    if function is max_min:
+        return [MaxMin()]
+    if function in (F.dropout, F.dropout1d, F.dropout2d):
+        return of_module(
+            nn.Dropout(*args, **{k: v for k, v in kwargs.items() if k == "p"}).train(kwargs.get("training", True)), name
+        )
+    raise Unsupported(name, f"the function {getattr(function, '__name__', function)!r}")
+
+
+def _affine_function(function, args: tuple, kwargs: dict) -> list[Layer]:
+    names = ("weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {
+        "bias": None,
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        **dict(zip(names, args, strict=False)),
+        **kwargs,
+    }
+    if function is F.linear:
+        return [Linear(given["weight"], given["bias"])]
+    rank = given["weight"].ndim - 2
+    sizes = lambda v: (v,) * rank if isinstance(v, int) else tuple(v)
+    if isinstance(given["padding"], str):
+        raise Unsupported("conv", "a convolution function with padding by name (use nn.Conv2d)")
+    stride, padding, dilation = (sizes(given[k]) for k in ("stride", "padding", "dilation"))
+    return [Conv(given["weight"], given["bias"], stride, padding, dilation, given["groups"])]
+
+
+_RESHAPES = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "view", "reshape", "squeeze", "unsqueeze"}
+_RESHAPES |= {"contiguous", "clone", torch.clone}
+_PERMUTES: dict[Any, Callable] = {
+    torch.permute: torch.permute,
+    "permute": Tensor.permute,
+    torch.transpose: torch.transpose,
+    "transpose": Tensor.transpose,
+}
+_MODULE_OF: dict[Any, Callable[..., nn.Module]] = {
+    F.relu: lambda inplace=False: nn.ReLU(),
+    torch.relu: nn.ReLU,
+    "relu": nn.ReLU,
+    F.relu6: lambda inplace=False: nn.ReLU6(),
+    F.leaky_relu: nn.LeakyReLU,
+    F.elu: nn.ELU,
+    F.celu: nn.CELU,
+    F.selu: nn.SELU,
+    F.hardtanh: nn.Hardtanh,
+    F.tanh: nn.Tanh,
+    torch.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    F.sigmoid: nn.Sigmoid,
+    torch.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    F.softplus: nn.Softplus,
+    F.softsign: nn.Softsign,
+    F.gelu: nn.GELU,
+    F.silu: nn.SiLU,
+    F.avg_pool1d: nn.AvgPool1d,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.max_pool1d: nn.MaxPool1d,
+    F.max_pool2d: nn.MaxPool2d,
+}

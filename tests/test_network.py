@@ -1,0 +1,161 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lipfast.nn
+from lipfast.bounds import read
+from lipfast.bounds.interval import interval
+from lipfast.bounds.layers import Conv, Elementwise, Linear, Rearrange, Scale, Sum
+
+
+def kinds(network):
+    return [type(n.layer).__name__ for n in network.nodes]
+
+
+def test_reads_a_sequential_with_names_and_shapes():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+    network = read(model, (1, 8, 8))
+    assert kinds(network) == ["Input", "Conv", "Elementwise", "Rearrange", "Linear"]
+    assert [n.shape for n in network.nodes] == [(1, 8, 8), (4, 3, 3), (4, 3, 3), (36,), (5,)]
+    assert [n.name for n in network.nodes[1:]] == ["0", "1", "2", "3"]
+    assert network.nodes[1].layer.weight is model[0].weight
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("shift", torch.randn(6))
+
+    def forward(self, x):
+        x = (x.view(x.size(0), -1) - self.shift) / 2
+        y = F.relu(self.first(x)) * self.scale
+        y = torch.tanh(x + self.second(y))
+        return self.head(1 - y).reshape(-1, 3)
+
+
+def test_reads_functions_constants_and_residual_sums():
+    network = read(Residual(), (2, 3))
+    assert kinds(network) == [
+        "Input", "Rearrange", "Scale", "Scale", "Linear", "Elementwise", "Scale", "Linear", "Sum", "Elementwise", "Scale",
+        "Linear", "Rearrange",
+    ]  # fmt: skip
+    add = next(n for n in network.nodes if isinstance(n.layer, Sum))
+    assert [network.nodes[i].name for i in add.inputs] == ["truediv", "second"]
+
+
+@pytest.mark.parametrize("model", [Residual(), nn.Sequential(nn.Flatten(), nn.Linear(6, 2, bias=False), nn.GELU())])
+def test_a_box_of_no_width_is_the_forward_pass(model):
+    x = torch.randn(4, 2, 3)
+    boxes = interval(model, x, 0.0, kind="estimate")
+    torch.testing.assert_close(boxes.lower, model(x))
+    torch.testing.assert_close(boxes.upper, model(x))
+
+
+def test_follows_the_parameters_and_the_modules():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3).eval())
+    read(model, (3,))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert read(model, (3,)).nodes[1].layer.weight.count_nonzero() == 0
+    model[1] = nn.Tanh()
+    assert read(model, (3,)).nodes[2].layer.name == "tanh"
+    model.train()
+    with pytest.raises(ValueError, match=r"layer '2': batch norm has bounds in eval mode"):
+        read(model, (3,))
+
+
+def test_reads_a_bare_layer_and_a_parametrized_one():
+    assert kinds(read(nn.Linear(3, 2), (3,))) == ["Input", "Linear"]
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
+    torch.testing.assert_close(read(nn.Sequential(layer), (3,)).nodes[1].layer.weight, layer.weight)
+
+
+def test_a_padded_convolution_with_another_mode_is_two_maps():
+    network = read(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")), (1, 4, 5))
+    assert kinds(network) == ["Input", "Pad", "Conv"]
+    assert network.nodes[1].shape == (1, 6, 7)
+    assert network.nodes[2].layer.padding == (0, 0)
+
+
+def test_normalisation_becomes_a_scale():
+    network = read(nn.Sequential(lipfast.nn.Normalize([0.5], [0.2]), nn.Flatten()), (1, 2, 2))
+    assert isinstance(network.nodes[1].layer, Scale)
+    assert isinstance(network.nodes[2].layer, Rearrange)
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Squares(nn.Module):
+    def forward(self, x):
+        return x * x
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (4,), "layer '1': LayerNorm is not supported; supported are Linear"),
+        (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), (1, 4, 4), "layer '0': ConvTranspose2d is not supported"),
+        (nn.Sequential(nn.Dropout(0.5)), (4,), "layer '0': dropout has bounds in eval mode only"),
+        (nn.Sequential(nn.LPPool2d(3, 2)), (1, 4, 4), "layer '0': L3 pooling"),
+        (nn.Sequential(nn.Linear(4, 2)), (5,), "layer '0': does not accept samples of shape"),
+        (Branches(), (4,), "forward cannot be traced"),
+        (Squares(), (4,), "layer 'mul': a product"),
+    ],
+)
+def test_names_the_layer_that_has_no_bound(model, shape, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read(model, shape)
+    assert "\n" not in str(error.value)
+
+
+def test_knows_every_slope():
+    x = torch.linspace(-30, 30, 200001, dtype=torch.float64)
+    models = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-2, 3), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.2), nn.ELU(1.5), nn.CELU(2.0)]
+    models += [nn.SELU(), nn.Tanh(), nn.Sigmoid(), nn.Softsign(), nn.Softplus(2.0), nn.GELU(), nn.GELU("tanh"), nn.SiLU()]
+    for model in models:
+        layer = read(nn.Sequential(model), (3,)).nodes[1].layer
+        assert isinstance(layer, Elementwise)
+        y = layer.function(x)
+        torch.testing.assert_close(y, model(x))
+        slopes = y.diff() / x.diff()
+        least, greatest = layer.slopes
+        assert least <= slopes.min() + 1e-6, model
+        assert slopes.max() <= greatest + 1e-6, model
+        assert slopes.min() <= least + 0.02, model  # the range is not generous
+        assert slopes.max() >= greatest - 0.02, model
+        assert (slopes.min() < -1e-9) == (layer.least is not None), model
+
+
+def test_functions_read_like_their_modules():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 1, 3, 3)), nn.Parameter(torch.randn(4))
+            self.head = nn.Parameter(torch.randn(2, 16))
+
+        def forward(self, x):
+            x = F.max_pool2d(F.leaky_relu(F.conv2d(x, self.weight, self.bias, padding=1), 0.2), 2)
+            x = F.avg_pool2d(abs(-x), 2)
+            return F.linear(torch.flatten(x, 1), self.head)
+
+    network = read(Functional(), (1, 8, 8))
+    assert kinds(network)[1:] == [
+        "Conv",
+        "Elementwise",
+        "MaxPool",
+        "Scale",
+        "Elementwise",
+        "AveragePool",
+        "Rearrange",
+        "Linear",
+    ]
+    assert isinstance(network.nodes[1].layer, Conv)
+    assert isinstance(network.nodes[-1].layer, Linear)
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(interval(Functional := Functional(), x, 0.0, kind="estimate").lower, Functional(x))
