@@ -7,7 +7,11 @@ torch.use_deterministic_algorithms(True)
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
-    torch.manual_seed(0)
     return request.param

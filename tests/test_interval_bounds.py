@@ -203,6 +203,26 @@ class Margin(nn.Module):
         return interval_margin(self.model, x, label, 0.05, kind="estimate")
 
 
+def test_margins_reuse_memory_without_changing_a_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).double()
+    x, label = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 4])
+    got = torch.autograd.grad(interval_margin(model, x, label, 0.05, kind="estimate").sum(), list(model.parameters()))
+    low, high = (x - 0.05), (x + 0.05)
+    for layer in list(model)[:4]:
+        if isinstance(layer, nn.Conv2d):
+            mid = nn.functional.conv2d((low + high) / 2, layer.weight, layer.bias)
+            reach = nn.functional.conv2d((high - low) / 2, layer.weight.abs())
+            low, high = mid - reach, mid + reach
+        else:
+            low, high = low.relu(), high.relu()
+    center, radius = ((high + low) / 2).flatten(1), ((high - low) / 2).flatten(1)
+    rows = model[5].weight[label][:, None] - model[5].weight
+    shift = model[5].bias[label][:, None] - model[5].bias
+    margin = (rows * center[:, None] - rows.abs() * radius[:, None]).sum(-1) + shift
+    torch.testing.assert_close(got, torch.autograd.grad(margin.sum(), list(model.parameters())))
+
+
 def test_eps_per_sample_and_per_pixel():
     model, x = nn.Linear(3, 2), torch.randn(2, 3)
     both = interval(model, x, torch.tensor([0.1, 0.4]), kind="estimate")

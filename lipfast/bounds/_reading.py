@@ -168,12 +168,12 @@ def _elu(alpha: float, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 _SMOOTH = 16.0  # spacings: more than any of torch's implementations errs, against 1 + |x| + |f(x)|
 
-# GELU and SiLU: extrema of the derivative; the minimum -0.16997 (-0.17004 by the tanh formula) lies near -0.752, SiLU's
-# minimum -0.278465 near -1.2785. All rounded outward.
+# GELU and SiLU: extrema of the derivative; the minimum of GELU lies near -0.752, that of SiLU near -1.2785. All rounded
+# outward.
 _ELEMENTWISE: dict[type, Callable[..., Layer]] = {
-    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0)),
+    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0), in_place=torch.relu_),
     nn.ReLU6: lambda m: Elementwise("relu6", F.relu6, (0.0, 1.0)),
-    nn.Hardtanh: lambda m: Elementwise("hardtanh", lambda x: x.clamp(m.min_val, m.max_val), (0.0, 1.0)),
+    nn.Hardtanh: lambda m: Elementwise("hardtanh", lambda x: x.clamp(m.min_val, m.max_val), (0.0, 1.0), error=1),
     nn.LeakyReLU: lambda m: _leaky(m.negative_slope),
     nn.ELU: lambda m: Elementwise("elu", _elu(m.alpha), (0.0, max(1.0, m.alpha)), error=_SMOOTH * max(1.0, m.alpha)),
     nn.CELU: lambda m: Elementwise("celu", partial(F.celu, alpha=m.alpha), (0.0, 1.0), error=_SMOOTH * max(1.0, m.alpha)),
@@ -190,9 +190,13 @@ _ELEMENTWISE: dict[type, Callable[..., Layer]] = {
         jump=1.01 * math.log1p(math.exp(-m.threshold)) / m.beta,
     ),
     nn.GELU: lambda m: Elementwise(
-        "gelu", partial(F.gelu, approximate=m.approximate), (-0.1292, 1.1292), (-0.1702, -0.76, -0.74), error=_SMOOTH
+        "gelu",
+        partial(F.gelu, approximate=m.approximate),
+        (-0.1292, 1.1292),
+        (-0.170041 if m.approximate == "tanh" else -0.169972, -0.76, -0.74),
+        error=_SMOOTH,
     ),
-    nn.SiLU: lambda m: Elementwise("silu", F.silu, (-0.09985, 1.09985), (-0.27847, -1.28, -1.27), error=_SMOOTH),
+    nn.SiLU: lambda m: Elementwise("silu", F.silu, (-0.09985, 1.09985), (-0.278465, -1.28, -1.27), error=_SMOOTH),
 }
 
 

@@ -167,12 +167,13 @@ def _start(x: Tensor, eps: float | Tensor, p: float, kind: str, pixel_range: tup
 
 def _box_around(center: Box, radius: Tensor, kind: str, pixel_range: tuple[float, float] | None = None) -> Box:
     dtype = center[0].dtype
-    lower, upper = center[0].double() - radius, center[1].double() + radius
-    if kind == "bound":
+    if kind == "estimate":
+        lower, upper = center[0] - radius.to(dtype), center[1] + radius.to(dtype)
+    else:
+        lower, upper = center[0].double() - radius, center[1].double() + radius
         infinity = lower.new_tensor(math.inf)
         lower = rounding.down(torch.nextafter(lower, -infinity), dtype)
         upper = rounding.up(torch.nextafter(upper, infinity), dtype)
-    lower, upper = lower.to(dtype), upper.to(dtype)
     return (lower, upper) if pixel_range is None else (lower.clamp(*pixel_range), upper.clamp(*pixel_range))
 
 
@@ -184,7 +185,12 @@ def _values(network: Network, start: Box | _Ball, kind: str, layers: dict[str, B
         inputs = [values[i] for i in node.inputs]
         if layers is not None and isinstance(node.layer, _ACTIVATIONS):
             layers[_fresh(node.name, layers)] = _as_box(inputs[0], kind)
-        values.append(_apply(node.layer, inputs, kind) if inputs else start)
+        layer = node.layer
+        if layers is None and isinstance(layer, Elementwise) and layer.in_place is not None:
+            source = node.inputs[0]
+            if last_use[source] == position and isinstance(network.nodes[source].layer, (Linear, Conv)):
+                layer = replace(layer, function=layer.in_place)  # nobody else holds these numbers
+        values.append(_apply(layer, inputs, kind) if inputs else start)
         for i in node.inputs:
             if last_use[i] == position:
                 values[i] = None
