@@ -123,7 +123,7 @@ def test_equals_auto_lirpa(name):
 def test_bounds_contain_the_float64_bounds_samples_and_attacks(name):
     from lipfast.attacks import pgd
 
-    model, x = third_party(name), images(name, 2)
+    model, x = third_party(name), images(name, 1)
     label = model(x).argmax(1)
     boxes = interval(model, x, EPS)
     margin = interval_margin(model, x, label, EPS)
@@ -166,6 +166,18 @@ def test_margins_of_an_affine_model_are_exact():
     want = z.gather(1, label[:, None]) - z - 0.2 * rows.abs().sum(-1)
     torch.testing.assert_close(interval_margin(model, x, label, 0.2, kind="estimate"), want)
     torch.testing.assert_close(interval_margin(model, x, label, 0.2), want)
+
+
+@pytest.mark.parametrize("kind", ["bound", "estimate"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_margins_of_an_affine_model_see_the_ball(p, kind):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 4))
+    x, label = torch.randn(5, 2, 3), torch.tensor([0, 1, 2, 3, 0])
+    rows = model[1].weight[label][:, None] - model[1].weight
+    z = model(x)
+    norms = rows.abs().amax(-1) if p == 1 else rows.norm(dim=-1)
+    want = z.gather(1, label[:, None]) - z - 0.2 * norms
+    torch.testing.assert_close(interval_margin(model, x, label, 0.2, p=p, kind=kind), want)
 
 
 def test_margins_without_a_final_linear_layer_are_box_differences():
@@ -221,6 +233,47 @@ def test_margins_reuse_memory_without_changing_a_gradient():
     shift = model[5].bias[label][:, None] - model[5].bias
     margin = (rows * center[:, None] - rows.abs() * radius[:, None]).sum(-1) + shift
     torch.testing.assert_close(got, torch.autograd.grad(margin.sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("kind", ["bound", "estimate"])
+@pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), nn.Tanh())], ids=["elided", "boxes"])
+def test_boxes_give_the_same_margins(model, kind):
+    x, label = torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])
+    torch.testing.assert_close(
+        interval(model, x, 0.1, kind=kind).margin(label), interval_margin(model, x, label, 0.1, kind=kind), rtol=0, atol=0
+    )
+
+
+def test_memory_is_not_reused_while_a_view_of_it_is_alive():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = y.flatten(1)
+            return z - y.relu().flatten(1)
+
+    model, x, label = Both(), torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
+    want = interval(model, x, 0.0, kind="estimate").margin(label)
+    torch.testing.assert_close(interval_margin(model, x, label, 0.0, kind="estimate"), want)
+    logits = model(x)
+    torch.testing.assert_close(want, logits.gather(1, label[:, None]) - logits)
+
+
+def test_a_clipped_ball_is_no_looser_than_the_ball_or_the_box():
+    model = nn.Sequential(lipfast.nn.Normalize([0.5], [0.5]), nn.Flatten(), nn.Linear(9, 4)).double()
+    x = torch.rand(3, 1, 3, 3, dtype=torch.float64).round()
+    clipped = interval(model, x, 0.4, p=2, pixel_range=(0, 1))
+    ball, box = interval(model, x, 0.4, p=2), interval(model, x, 0.4, pixel_range=(0, 1))
+    assert (clipped.upper <= torch.minimum(ball.upper, box.upper) + 1e-12).all()
+    assert (clipped.upper < ball.upper - 1e-3).any()
+    assert (clipped.upper < box.upper - 1e-3).any()
+    for _ in range(100):
+        d = torch.randn_like(x)
+        point = (x + 0.4 * d / d.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)).clamp(0, 1)
+        assert (model(point) <= clipped.upper + 1e-12).all()
 
 
 def test_eps_per_sample_and_per_pixel():

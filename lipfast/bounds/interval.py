@@ -33,6 +33,18 @@ class Boxes:
     lower: Tensor
     upper: Tensor
     layers: dict[str, Box]
+    _hidden: "Box | _Ball | None"  # before the final Linear layer, if that is what the network ends with
+    _last: Linear | None
+    _kind: str
+
+    def margin(self, label: Tensor) -> Tensor:  # (B,) -> (B, K)
+        """As :func:`interval_margin`, from the boxes that are there already."""
+        with _grad_for(self._kind):
+            _check_label(label, self.lower.shape, self._kind)
+            if self._last is not None and self._hidden is not None:
+                return _elided_margin(self._hidden, self._last, label, self._kind)
+            margin = self.lower.gather(1, label[:, None]) - self.upper
+            return (margin - sum_slack(margin, self._kind)).scatter(1, label[:, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class _Ball:
     radius: Tensor  # (B,)
     p: float
     factor: Tensor | None = None  # broadcasts against a batch
+    box: Box | None = None  # values outside of it are no inputs either
 
 
 def interval(
@@ -75,8 +88,12 @@ def interval(
     with _grad_for(kind):
         network = read(model, tuple(x.shape[1:]))
         layers: dict[str, Box] = {}
-        lower, upper = _values(network, _start(x, eps, p, kind, pixel_range), kind, layers)[-1]
-        return Boxes(lower, upper, layers)
+        start = _start(x, eps, p, kind, pixel_range)
+        last = _final_linear(network)
+        if last is None:
+            return Boxes(*_as_box(_last_value(network, start, kind, layers), kind), layers, None, None, kind)
+        hidden = _last_value(network.until(network.nodes[-1].inputs[0]), start, kind, layers)
+        return Boxes(*_as_box(_apply(last, [hidden], kind), kind), layers, hidden, last, kind)
 
 
 def interval_margin(
@@ -96,27 +113,33 @@ def interval_margin(
     """
     with _grad_for(kind):
         network = read(model, tuple(x.shape[1:]))
-        if len(network.nodes[-1].shape) != 1:
-            raise ValueError(f"model: logits (B, K) expected, got samples of shape {network.nodes[-1].shape}")
-        K = network.nodes[-1].shape[0]
-        if label.shape != x.shape[:1] or label.dtype != torch.int64:
-            raise ValueError(f"label: {len(x)} int64 class indices expected, got {label.dtype} {tuple(label.shape)}")
-        if kind == "bound" and not ((label >= 0) & (label < K)).all():
-            raise ValueError(f"label: class indices from 0 to {K - 1} expected")
+        _check_label(label, torch.Size((len(x), *network.nodes[-1].shape)), kind)
         start = _start(x, eps, p, kind, pixel_range)
-        last = network.nodes[-1]
-        if not isinstance(last.layer, Linear) or len(network.nodes[last.inputs[0]].shape) != 1:
-            *_, (lower, upper) = _values(network, start, kind)
-            margin = lower.gather(1, label[:, None]) - upper
-            margin = margin - sum_slack(margin, kind)
-        else:
-            hidden = _values(replace(network, nodes=network.nodes[: last.inputs[0] + 1]), start, kind)[-1]
-            margin = _elided_margin(_as_box(hidden, kind), last.layer, label, kind)
-        return margin.scatter(1, label[:, None], 0.0)
+        last = _final_linear(network)
+        if last is None:
+            return Boxes(*_as_box(_last_value(network, start, kind), kind), {}, None, None, kind).margin(label)
+        return _elided_margin(_last_value(network.until(network.nodes[-1].inputs[0]), start, kind), last, label, kind)
 
 
-def _elided_margin(box: Box, last: Linear, label: Tensor, kind: str) -> Tensor:
-    lower, upper = box
+def _final_linear(network: Network) -> Linear | None:
+    last = network.nodes[-1]
+    flat = isinstance(last.layer, Linear) and len(network.nodes[last.inputs[0]].shape) == 1
+    return last.layer if flat and isinstance(last.layer, Linear) else None
+
+
+def _check_label(label: Tensor, output: torch.Size, kind: str) -> None:
+    if len(output) != 2:
+        raise ValueError(f"model: logits (B, K) expected, got {tuple(output)}")
+    if label.shape != output[:1] or label.dtype != torch.int64:
+        raise ValueError(f"label: {output[0]} int64 class indices expected, got {label.dtype} {tuple(label.shape)}")
+    if kind == "bound" and not ((label >= 0) & (label < output[1])).all():
+        raise ValueError(f"label: class indices from 0 to {output[1] - 1} expected")
+
+
+def _elided_margin(hidden: Box | _Ball, last: Linear, label: Tensor, kind: str) -> Tensor:
+    if isinstance(hidden, _Ball):
+        return _ball_margin(hidden, last, label, kind)
+    lower, upper = hidden
     dtype = lower.dtype
     weight, bias = last.weight, last.bias
     if kind == "bound":  # the difference of two rows is then exact, or within the terms that rounding.gamma adds
@@ -135,7 +158,22 @@ def _elided_margin(box: Box, last: Linear, label: Tensor, kind: str) -> Tensor:
             center, radius = (low + high) / 2, (high - low) / 2
             margin = torch.einsum("bi,bki->bk", center, rows) - torch.einsum("bi,bki->bk", radius, rows.abs())
             margins.append(margin if shift is None else margin + shift)
-    return torch.cat(margins)
+    return torch.cat(margins).scatter(1, label[:, None], 0.0)
+
+
+def _ball_margin(ball: _Ball, last: Linear, label: Tensor, kind: str) -> Tensor:
+    """For an affine network: the dual norm of a difference of two rows, one product per class that is a label."""
+    dtype = ball.center[0].dtype
+    wide = torch.float64 if kind == "bound" else dtype
+    weight, bias = last.weight.to(wide), None if last.bias is None else last.bias.to(wide)
+    widen = lambda box: (box[0].to(wide), box[1].to(wide))
+    ball = replace(ball, center=widen(ball.center), box=None if ball.box is None else widen(ball.box))
+    margin = weight.new_zeros(len(label), len(weight))
+    for y in label.unique():
+        differences = Linear(weight[y] - weight, None if bias is None else bias[y] - bias)
+        lower, _ = _as_box(_ball_image(differences, ball, kind), kind)
+        margin = torch.where(label[:, None] == y, lower, margin)
+    return rounding.down(margin, dtype).scatter(1, label[:, None], 0.0) if kind == "bound" else margin
 
 
 def _grad_for(kind: str):
@@ -160,9 +198,10 @@ def _start(x: Tensor, eps: float | Tensor, p: float, kind: str, pixel_range: tup
         radius = radius.reshape(-1, *[1] * (x.ndim - 1))
     elif radius.ndim and p != math.inf:
         raise ValueError(f"eps: a number or one per sample expected for p = {p}, got {tuple(radius.shape)}")
-    if p != math.inf and pixel_range is None:
-        return _Ball((x, x), radius.expand(len(x), *[1] * (x.ndim - 1)).reshape(-1), p)
-    return _box_around((x, x), radius, kind, pixel_range)
+    if p == math.inf:
+        return _box_around((x, x), radius, kind, pixel_range)
+    box = None if pixel_range is None else _box_around((x, x), radius, kind, pixel_range)
+    return _Ball((x, x), radius.expand(len(x), *[1] * (x.ndim - 1)).reshape(-1), p, box=box)
 
 
 def _box_around(center: Box, radius: Tensor, kind: str, pixel_range: tuple[float, float] | None = None) -> Box:
@@ -177,10 +216,10 @@ def _box_around(center: Box, radius: Tensor, kind: str, pixel_range: tuple[float
     return (lower, upper) if pixel_range is None else (lower.clamp(*pixel_range), upper.clamp(*pixel_range))
 
 
-def _values(network: Network, start: Box | _Ball, kind: str, layers: dict[str, Box] | None = None) -> list:
-    """The box of every node; None for those no longer needed."""
+def _last_value(network: Network, start: Box | _Ball, kind: str, layers: dict[str, Box] | None = None) -> Box | _Ball:
+    """Around the output; ``layers`` receives the boxes before activations."""
     values: list = []
-    last_use = network.last_use()
+    readers = network.readers()
     for position, node in enumerate(network.nodes):
         inputs = [values[i] for i in node.inputs]
         if layers is not None and isinstance(node.layer, _ACTIVATIONS):
@@ -188,14 +227,13 @@ def _values(network: Network, start: Box | _Ball, kind: str, layers: dict[str, B
         layer = node.layer
         if layers is None and isinstance(layer, Elementwise) and layer.in_place is not None:
             source = node.inputs[0]
-            if last_use[source] == position and isinstance(network.nodes[source].layer, (Linear, Conv)):
+            if len(readers[source]) == 1 and isinstance(network.nodes[source].layer, (Linear, Conv)):
                 layer = replace(layer, function=layer.in_place)  # nobody else holds these numbers
         values.append(_apply(layer, inputs, kind) if inputs else start)
         for i in node.inputs:
-            if last_use[i] == position:
+            if readers[i][-1] == position:
                 values[i] = None
-    values[-1] = _as_box(values[-1], kind)
-    return values
+    return values[-1]
 
 
 def _fresh(name: str, taken: dict) -> str:
@@ -210,11 +248,12 @@ def _apply(layer: Layer, inputs: list, kind: str) -> Box | _Ball:
 
 
 def _ball_image(layer: Layer, ball: _Ball, kind: str) -> Box | _Ball:
+    box = None if ball.box is None else image(layer, ball.box, kind=kind)
     if isinstance(layer, Rearrange):
         factor = ball.factor
         if factor is not None:
             factor = layer.function(factor.expand(1, *ball.center[0].shape[1:]))
-        return replace(ball, center=image(layer, ball.center, kind=kind), factor=factor)
+        return replace(ball, center=image(layer, ball.center, kind=kind), factor=factor, box=box)
     if isinstance(layer, Scale):
         factor = ball.factor
         if layer.factor is not None:
@@ -222,16 +261,17 @@ def _ball_image(layer: Layer, ball: _Ball, kind: str) -> Box | _Ball:
             own = layer.factor.double().abs() * (1 + 8 * torch.finfo(layer.factor.dtype).eps)
             own = own.expand(ball.center[0].shape[1:])[None]
             factor = own if factor is None else factor * own
-        return replace(ball, center=image(layer, ball.center, kind=kind), factor=factor)
+        return replace(ball, center=image(layer, ball.center, kind=kind), factor=factor, box=box)
     assert isinstance(layer, (Linear, Conv))
     width = _width(layer, ball, kind)  # (B, O, ...)
     lower, upper = image(layer, ball.center, kind=kind)
     dtype = lower.dtype
     if kind == "estimate":
-        return lower - width.to(dtype), upper + width.to(dtype)
-    lower, upper = lower.double(), upper.double()
-    low = lower - (width + 2.0**-51 * lower.abs())  # the last term covers this subtraction's own rounding
-    return rounding.down(low, dtype), rounding.up(upper + (width + 2.0**-51 * upper.abs()), dtype)
+        lower, upper = lower - width.to(dtype), upper + width.to(dtype)
+    else:  # the 2^-51 covers the rounding of the very sums in which it stands
+        lower = rounding.down(lower.double() - (width + 2.0**-51 * lower.double().abs()), dtype)
+        upper = rounding.up(upper.double() + (width + 2.0**-51 * upper.double().abs()), dtype)
+    return (lower, upper) if box is None else (torch.maximum(lower, box[0]), torch.minimum(upper, box[1]))
 
 
 def _width(layer: Linear | Conv, ball: _Ball, kind: str) -> Tensor:
@@ -259,6 +299,8 @@ def _width(layer: Linear | Conv, ball: _Ball, kind: str) -> Tensor:
 def _as_box(value: Box | _Ball, kind: str) -> Box:
     if not isinstance(value, _Ball):
         return value
+    if value.box is not None:
+        return value.box
     radius = value.radius.reshape(-1, *[1] * (value.center[0].ndim - 1))
     if value.factor is not None:
         radius = radius * value.factor.abs() * (1 + 2.0**-40)

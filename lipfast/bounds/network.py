@@ -39,13 +39,17 @@ class Node:
 class Network:
     nodes: tuple[Node, ...]  # nodes[0] is the input, nodes[-1] the output
 
-    def last_use(self) -> list[int]:
-        """For each node the position of the last node that reads it: where an analysis may drop its value."""
-        last = list(range(len(self.nodes)))
+    def readers(self) -> list[list[int]]:
+        """For each node the positions of the nodes that read it, ascending: after the last an analysis may drop its value."""
+        readers: list[list[int]] = [[] for _ in self.nodes]
         for position, node in enumerate(self.nodes):
             for i in node.inputs:
-                last[i] = position
-        return last
+                readers[i].append(position)
+        return readers
+
+    def until(self, position: int) -> "Network":
+        """The part that computes the node at ``position``, which becomes the output."""
+        return Network(self.nodes[: position + 1])
 
 
 def read(model: nn.Module, input_shape: tuple[int, ...]) -> Network:
