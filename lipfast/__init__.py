@@ -2,8 +2,30 @@
 
 from lipfast._load import load
 from lipfast._version import __version__
+from lipfast.certify import Certificate, certify
+from lipfast.ops.ball_conv2d import ball_conv2d
+from lipfast.ops.ball_linear import ball_linear
+from lipfast.ops.certified_radius import certified_radius
+from lipfast.ops.clipped_relu import clipped_relu
 from lipfast.ops.interval_conv2d import interval_conv2d
 from lipfast.ops.interval_linear import interval_linear
+from lipfast.ops.max_min import max_min
+from lipfast.ops.pairwise_distance import pairwise_distance
+from lipfast.train import train
 
 loaded = load()
-__all__ = ["__version__", "interval_conv2d", "interval_linear", "loaded"]
+__all__ = [
+    "Certificate",
+    "__version__",
+    "ball_conv2d",
+    "ball_linear",
+    "certified_radius",
+    "certify",
+    "clipped_relu",
+    "interval_conv2d",
+    "interval_linear",
+    "loaded",
+    "max_min",
+    "pairwise_distance",
+    "train",
+]

@@ -57,6 +57,22 @@ def _(module, name: str) -> list[Layer]:
     return [*before, Conv(module.weight, module.bias, module.stride, tuple(padding), module.dilation, module.groups)]
 
 
+_PADDINGS: dict[type, str] = {
+    nn.ZeroPad2d: "constant",
+    nn.CircularPad2d: "circular",
+    nn.ReflectionPad2d: "reflect",
+    nn.ReplicationPad2d: "replicate",
+}
+
+
+def _padding_module(module, name: str) -> list[Layer]:
+    return [Pad(tuple(module.padding), _PADDINGS[type(module)])]
+
+
+for _kind in _PADDINGS:
+    of_module.register(_kind)(_padding_module)
+
+
 @of_module.register(nn.BatchNorm1d)
 @of_module.register(nn.BatchNorm2d)
 def _(module, name: str) -> list[Layer]:

@@ -69,7 +69,7 @@ def pixel_norms(weight: Tensor, p: float, image: Tensor, stride, padding, dilati
     """The dual norm of the row of every output pixel, in float64; of ``image`` only the size counts."""
     size = _output_size(image, weight, stride, padding, dilation)
     sides = zip(weight.shape[2:], size, image.shape[2:], stride, padding, dilation, strict=True)
-    down, across = (_inside(*side, weight.device) for side in sides)  # (kernel height, H') and (kernel width, W')
+    down, across = (_inside(weight.device, *side) for side in sides)  # (kernel height, H') and (kernel width, W')
     taps = weight.double().abs()
     if p == 1:
         # Maxima one dimension at a time, each by index: amax would share the gradient among ties. -1 stands for outside.
@@ -85,7 +85,7 @@ def pixel_norms(weight: Tensor, p: float, image: Tensor, stride, padding, dilati
 
 
 # Which taps of which outputs fall on pixels, along one side: (taps, outputs).
-def _inside(taps: int, outputs: int, pixels: int, stride: int, padding: int, dilation: int, device) -> Tensor:
+def _inside(device, taps: int, outputs: int, pixels: int, stride: int, padding: int, dilation: int) -> Tensor:
     position = torch.arange(outputs, device=device) * stride - padding + torch.arange(taps, device=device)[:, None] * dilation
     return (position >= 0) & (position < pixels)
 
@@ -134,7 +134,7 @@ def backward(ctx, grad_lower, grad_upper):
     need_center, need_radius, need_weight, need_bias, *_ = ctx.needs_input_grad
     grad_mid, grad_reach = grad_upper + grad_lower, grad_upper - grad_lower  # (B, O, H', W')
     grad_radius = None
-    norms, pull = torch.func.vjp(lambda w: pixel_norms(w, ctx.p, center, *ctx.where), weight)
+    norms, pull = torch.func.vjp(lambda w: pixel_norms(w, ctx.p, center, *ctx.where), weight)[:2]
     if need_radius:
         grad_radius = (grad_reach * norms.to(weight.dtype)).sum((1, 2, 3)).sum_to_size(radius.shape)
     grad_center, grad_weight, _ = torch.ops.aten.convolution_backward(

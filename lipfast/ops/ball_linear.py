@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lipfast import rounding
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops.interval_linear import _rows
 
 
 def ball_linear(
@@ -133,13 +134,12 @@ def backward(ctx, grad_lower, grad_upper):
     grad_mid, grad_reach = grad_upper + grad_lower, grad_upper - grad_lower  # (*, O)
     grad_center = grad_mid @ weight if need_center else None
     grad_radius = grad_weight = None
-    norms, pull = torch.func.vjp(lambda w: row_norms(w, ctx.p), weight)
+    norms, pull = torch.func.vjp(lambda w: row_norms(w, ctx.p), weight)[:2]
     if need_radius:
         grad_radius = (grad_reach @ norms.to(weight.dtype)).sum_to_size(radius.shape)
     if need_weight:
-        rows = lambda t: t.reshape(-1, t.shape[-1])
-        from_norms = rows(grad_reach * radius[..., None]).sum(0)
-        grad_weight = rows(grad_mid).mT @ rows(center) + pull(from_norms.double())[0]
+        from_norms = (grad_reach * radius[..., None]).sum_to_size(norms.shape)
+        grad_weight = _rows(grad_mid).mT @ _rows(center) + pull(from_norms.double())[0]
     grad_bias = grad_mid.sum_to_size(weight.shape[:1]) if need_bias else None
     return grad_center, grad_radius, grad_weight, grad_bias, None, None
 

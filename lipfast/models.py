@@ -1,0 +1,185 @@
+"""The networks of the papers, under the papers' names, for pixels in [0, 1] of shape (B, C, H, W).
+
+"4C3F" is four convolutions and three linear layers. Every layer but the last is followed by the activation:
+
+- "relu";
+- "max_min": :class:`lipfast.nn.MaxMin`;
+- "clipped_relu": :class:`lipfast.nn.ClippedReLU` with one learnable threshold per unit.
+
+GloRo, Local-Lip, CRM: Leino et al. 2021 (https://arxiv.org/abs/2102.08452), Huang et al. 2021
+(https://arxiv.org/abs/2111.01395), Fazlyab et al. 2023 (https://arxiv.org/abs/2310.00116). CNN-B, ConvBig, ConvHuge and
+ResNet4B: Chen et al. 2022 (https://arxiv.org/abs/2206.07839), where ConvHuge is the network of 17 million parameters.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from lipfast.nn import ClippedReLU, MaxMin
+
+Shape = tuple[int, int, int]  # C, H, W
+_ACTIVATIONS: dict[str, Callable[[Sequence[int], float], nn.Module]] = {
+    "relu": lambda shape, threshold: nn.ReLU(),
+    "max_min": lambda shape, threshold: MaxMin(),
+    "clipped_relu": lambda shape, threshold: ClippedReLU(threshold, shape, learnable=True),
+}
+_FOUR_CONVOLUTIONS = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
+
+
+def mnist_4c3f(shape: Shape = (1, 28, 28), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """4C3F for MNIST (GloRo, Local-Lip, CRM)."""
+    return _stack(shape, _FOUR_CONVOLUTIONS, [512, 512, classes], activation)
+
+
+def cifar_4c3f(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """4C3F for CIFAR-10 (Local-Lip)."""
+    return _stack(shape, _FOUR_CONVOLUTIONS, [512, 512, classes], activation)
+
+
+def cifar_6c2f(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """6C2F for CIFAR-10 (GloRo, Local-Lip), 2.25 million parameters; thresholds start at 2. CRM's is :func:`crm_6c2f`."""
+    convs = [(32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
+    return _stack(shape, convs, [512, classes], activation, threshold=2.0)
+
+
+def crm_6c2f(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """What CRM's code calls 6C2F: three strided convolutions and 0.73 million parameters."""
+    convs = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
+    return _stack(shape, convs, [512, classes], activation, threshold=2.0)
+
+
+def tiny_8c2f(shape: Shape = (3, 64, 64), classes: int = 200, activation: str = "relu") -> nn.Sequential:
+    """8C2F for Tiny-ImageNet (Local-Lip)."""
+    convs = [(64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)]
+    return _stack(shape, [*convs, (256, 3, 1, 1), (256, 4, 2, 0)], [256, classes], activation)
+
+
+def cnn_b(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """CNN-B; its first convolution pads one pixel on the left and top and two on the right and bottom."""
+    C, H, W = shape
+    layers = _stack((C, H + 3, W + 3), [(32, 5, 2, 0), (128, 4, 2, 1)], [250, classes], activation)
+    return nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), *layers)
+
+
+def conv_big(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """ConvBig: 4C3F's layers."""
+    return _stack(shape, _FOUR_CONVOLUTIONS, [512, 512, classes], activation)
+
+
+def conv_huge(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """ConvHuge, 17 million parameters: :func:`cnn7` of width 64."""
+    return cnn7(shape, classes, activation)
+
+
+def cnn7(
+    shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu", width: int = 64, batch_norm: bool = False
+) -> nn.Sequential:
+    """CNN-7 of Shi et al. 2021 (https://arxiv.org/abs/2103.17268): five convolutions and two linear layers.
+
+    ``batch_norm`` puts a batch normalisation before every activation, as in that paper.
+    """
+    convs = [(width, 3, 1, 1), (width, 3, 1, 1), (2 * width, 3, 2, 1), (2 * width, 3, 1, 1), (2 * width, 3, 1, 1)]
+    return _stack(shape, convs, [512, classes], activation, batch_norm=batch_norm)
+
+
+def cnn_small(shape: Shape = (1, 28, 28), classes: int = 10, activation: str = "relu") -> nn.Sequential:
+    """The small network of Gowal et al. 2018 (https://arxiv.org/abs/1810.12715) with padding 1: images from 4 x 4 pixels on."""
+    return _stack(shape, [(16, 4, 2, 1), (32, 4, 2, 1)], [100, classes], activation)
+
+
+def mlp(sizes: Sequence[int] = (784, 200, 200, 200, 200, 200, 200, 200, 10), activation: str = "relu") -> nn.Sequential:
+    """Linear layers of those sizes, input and classes included; by default the 8 x 200 network for MNIST."""
+    if len(sizes) < 2:
+        raise ValueError(f"mlp: sizes must name at least the input and the classes, got {sizes}")
+    return nn.Sequential(nn.Flatten(), *_linear(sizes, activation, 1.0, False))
+
+
+def resnet2b(shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Sequential:
+    """ResNet-2B of VNN-COMP 2021: a strided convolution, two residual blocks, two linear layers."""
+    return _resnet(shape, 8, [(16, 2), (16, 1)], classes)
+
+
+def resnet4b(shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Sequential:
+    """ResNet-4B: a strided convolution, four residual blocks, two linear layers; no batch normalisation."""
+    return _resnet(shape, 16, [(32, 2), (32, 1), (32, 2), (32, 1)], classes)
+
+
+_MODELS: list[Callable[..., nn.Sequential]] = [cifar_4c3f, cifar_6c2f, cnn7, cnn_b, cnn_small, conv_big, conv_huge]
+_MODELS += [crm_6c2f, mlp, mnist_4c3f, resnet2b, resnet4b, tiny_8c2f]
+BY_NAME: dict[str, Callable[..., nn.Sequential]] = {function.__name__: function for function in _MODELS}
+
+
+def build(name: str, **arguments) -> nn.Sequential:
+    """The model of that name in this module, as a checkpoint stores it. Raises ValueError for an unknown name."""
+    if name not in BY_NAME:
+        raise ValueError(f"build: name must be one of {', '.join(sorted(BY_NAME))}, got {name!r}")
+    return BY_NAME[name](**arguments)
+
+
+class ResidualBlock(nn.Module):
+    """``relu(conv2(relu(conv1(x))) + shortcut(x))``; the shortcut is a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1)
+        same = stride == 1 and c_in == c_out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(c_in, c_out, 1, stride)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
+
+
+def _resnet(shape: Shape, stem: int, blocks: Sequence[tuple[int, int]], classes: int) -> nn.Sequential:
+    C, H, W = shape
+    layers: list[nn.Module] = [nn.Conv2d(C, stem, 3, 2, 1), nn.ReLU()]
+    C, H, W = stem, _halved(H), _halved(W)
+    for width, stride in blocks:
+        layers.append(ResidualBlock(C, width, stride))
+        C, H, W = (width, H, W) if stride == 1 else (width, _halved(H), _halved(W))
+    return nn.Sequential(*layers, nn.Flatten(), *_linear([C * H * W, 100, classes], "relu", 1.0, False))
+
+
+def _halved(pixels: int) -> int:
+    return (pixels + 1) // 2  # kernel 3, stride 2, padding 1
+
+
+def _stack(
+    shape: Shape,
+    convs: Sequence[tuple[int, int, int, int]],  # channels, kernel, stride, padding
+    widths: Sequence[int],  # of the linear layers, the classes last
+    activation: str,
+    threshold: float = 1.0,
+    batch_norm: bool = False,
+) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    C, H, W = shape
+    for channels, kernel, stride, padding in convs:
+        layers.append(nn.Conv2d(C, channels, kernel, stride, padding))
+        C, H, W = channels, *((n + 2 * padding - kernel) // stride + 1 for n in (H, W))
+        if H < 1 or W < 1:
+            raise ValueError(f"models: images of {shape[1]} x {shape[2]} pixels are too small for this network")
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(C))
+        layers.append(_activation(activation, (C, H, W), threshold))
+    return nn.Sequential(*layers, nn.Flatten(), *_linear([math.prod((C, H, W)), *widths], activation, threshold, batch_norm))
+
+
+def _linear(sizes: Sequence[int], activation: str, threshold: float, batch_norm: bool) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes[:-1]):
+        layers.append(nn.Linear(n_in, n_out))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(n_out))
+        layers.append(_activation(activation, (n_out,), threshold))
+    return [*layers, nn.Linear(sizes[-2], sizes[-1])]
+
+
+def _activation(name: str, shape: Sequence[int], threshold: float) -> nn.Module:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"models: activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name](shape, threshold)
