@@ -101,6 +101,7 @@ class Squares(nn.Module):
     [
         (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (4,), "layer '1': LayerNorm is not supported; supported are Linear"),
         (nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), (1, 4, 4), "layer '0': ConvTranspose2d is not supported"),
+        (nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), (2, 4), "layer '1': LSTM, which returns several tensors, is not"),
         (nn.Sequential(nn.Dropout(0.5)), (4,), "layer '0': dropout has bounds in eval mode only"),
         (nn.Sequential(nn.LPPool2d(3, 2)), (1, 4, 4), "layer '0': L3 pooling"),
         (nn.Sequential(nn.Linear(4, 2)), (5,), "layer '0': does not accept samples of shape"),
@@ -108,10 +109,11 @@ class Squares(nn.Module):
         (Squares(), (4,), "layer 'mul': a product"),
     ],
 )
-def test_names_the_layer_that_has_no_bound(model, shape, message):
+def test_names_the_layer_that_has_no_bound(model, shape, message, caplog):
     with pytest.raises(ValueError, match=message) as error:
         read(model, shape)
     assert "\n" not in str(error.value)
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR", "CRITICAL")]
 
 
 def test_knows_every_slope():

@@ -12,6 +12,7 @@ boxes, Lipschitz constants or Jacobians is said in those analyses, one rule per 
 The graph holds the model's own parameters, so gradients reach them; reading again after an optimiser step is cheap.
 """
 
+import logging
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,8 +78,10 @@ def read(model: nn.Module, input_shape: tuple[int, ...]) -> Network:
                 raise ValueError("model: forward must return one tensor that depends on its input")
             if place[fx.args[0]] != len(nodes) - 1:  # something after the output is computed and never used
                 nodes = nodes[: place[fx.args[0]] + 1]
-        elif any(a in place for a in fx.all_input_nodes) and isinstance(value, Tensor):
+        elif any(a in place for a in fx.all_input_nodes) and (isinstance(value, Tensor) or fx.op == "call_module"):
             name = str(fx.target) if fx.op == "call_module" else fx.name
+            if not isinstance(value, Tensor):
+                raise Unsupported(name, f"{type(model.get_submodule(name)).__name__}, which returns several tensors,")
             tensors = [a for a in fx.all_input_nodes if a in place]
             at = tuple(place[a] for a in tensors)
             layers = _layers_of(model, fx, name, values, place)
@@ -123,6 +126,9 @@ def _fake_values(root: nn.Module, graph: torch.fx.Graph, input_shape: tuple[int,
     interpreter = _Recorder(torch.fx.GraphModule(root, graph))
     like = next((t for t in chain(root.parameters(), root.buffers()) if t.is_floating_point()), None)
     dtype, device = (like.dtype, like.device) if like is not None else (torch.float32, torch.device("cpu"))
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback beside what is raised
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         try:
             interpreter.run(torch.empty(_BATCH, *input_shape, dtype=dtype, device=device))
@@ -130,6 +136,8 @@ def _fake_values(root: nn.Module, graph: torch.fx.Graph, input_shape: tuple[int,
             raise ValueError(
                 f"layer {interpreter.at!r}: does not accept samples of shape {input_shape}: {error}".splitlines()[0]
             ) from error
+        finally:
+            log.setLevel(level)
     return interpreter.values
 
 

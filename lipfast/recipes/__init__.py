@@ -1,0 +1,16 @@
+"""One file per paper: data, model, schedule, loss and optimiser as a dataclass. None has a loop of its own."""
+
+from lipfast.recipes.interval import Interval
+from lipfast.recipes.recipe import Recipe
+
+RECIPES: dict[str, type[Recipe]] = {"interval": Interval}
+
+
+def find(name: str, data: str) -> Recipe:
+    """The recipe's preset for a data set. Raises: ValueError, with the names there are."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name].preset(data)
+
+
+__all__ = ["RECIPES", "Interval", "Recipe", "find"]

@@ -1,0 +1,5 @@
+import sys
+
+from lipfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,324 @@
+"""Certification: for each image the radius within which no change of the pixels changes the prediction.
+
+Every test of a radius is a proof of its own, and a proof at one radius covers all smaller ones, so the search below may try
+radii in any order: it can miss, never overstate.
+"""
+
+import io
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lipfast import figures
+from lipfast._version import __version__
+from lipfast.bounds import interval_margin
+from lipfast.bounds.network import read
+from lipfast.checkpoint import replace_file
+from lipfast.data import Dataset, unit
+from lipfast.figures import KINDS, norm_name
+
+
+@dataclass(eq=False)
+class Certificate:
+    """What :func:`certify` found: one radius, prediction and label per image, on the CPU.
+
+    Attributes:
+        radius: (B,) float64, in the l_p norm and the units of the pixels handed over; no point of the closed ball has
+            another class than ``prediction``. 0 where nothing could be certified.
+        prediction, label: (B,) int64.
+        eps: the radii that were asked for, ascending; nothing larger was tried.
+        kind: ``"bound"``, proven, or ``"estimate"``, which is no certificate.
+        pixel_range: the box that the ball was cut with, or None.
+        data, seconds, versions: where it comes from.
+    """
+
+    radius: Tensor
+    prediction: Tensor
+    label: Tensor
+    eps: tuple[float, ...]
+    method: str
+    kind: str
+    p: float
+    pixel_range: tuple[float, float] | None = None
+    data: str = ""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=lambda: {"lipfast": __version__, "torch": torch.__version__})
+
+    @property
+    def correct(self) -> Tensor:  # (B,)
+        return self.prediction == self.label
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Fraction of images whose prediction is the label."""
+        return self.correct.double().mean().item()
+
+    def certified_accuracy(self, eps: float) -> float:
+        """Fraction of images that are right and stay so within ``eps``; at 0 the clean accuracy.
+
+        Raises: ValueError if ``eps`` is negative, NaN, or above the largest that was tried.
+        """
+        if not 0 <= eps <= self.eps[-1]:
+            raise ValueError(f"certified_accuracy: eps must be from 0 to {self.eps[-1]:g}, the largest tried, got {eps}")
+        return (self.correct & (self.radius >= eps)).double().mean().item()
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Every eps at which the certified accuracy falls, and its value up to there: the corners of a step plot."""
+        held = self.radius[self.correct].sort().values
+        eps = torch.cat([held.new_zeros(1), held, held.new_tensor(self.eps[-1:])]).unique()
+        accuracy = (len(held) - torch.searchsorted(held, eps)).double() / len(self.radius)
+        return eps.tolist(), accuracy.tolist()
+
+    def __repr__(self) -> str:
+        top = self.eps[-1]
+        return (
+            f"Certificate({self.method}, {KINDS[self.kind]}, {norm_name(self.p)}, {len(self.radius)} images: "
+            f"clean {self.clean_accuracy:.1%}, at eps {top:g} {self.certified_accuracy(top):.1%})"
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes an ``.npz`` file that numpy reads too; the text entry ``about`` is JSON. Whole or not at all.
+
+        Raises: ValueError if ``path`` does not end in .npz or cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"Certificate.save: path must end in .npz, got {path}")
+        arrays = {name: getattr(self, name).numpy() for name in ("radius", "prediction", "label")}
+        about = {key: value for key, value in vars(self).items() if key not in arrays}
+        content = io.BytesIO()
+        np.savez(content, about=json.dumps(about), **arrays)
+        replace_file(path, content.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Certificate":
+        """Reads what :meth:`save` wrote. Raises: ValueError if the file is damaged or something else."""
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                about = json.loads(str(stored["about"]))
+                arrays = {name: torch.from_numpy(stored[name]) for name in ("radius", "prediction", "label")}
+            about["eps"] = tuple(about["eps"])
+            about["pixel_range"] = about["pixel_range"] and tuple(about["pixel_range"])
+            certificate = cls(**{**about, **arrays})
+            shapes = {t.shape for t in arrays.values()}
+            if len(shapes) != 1 or certificate.radius.ndim != 1 or certificate.kind not in KINDS or not certificate.eps:
+                raise ValueError("its entries do not fit together")
+        except OSError:
+            raise
+        except Exception as error:  # zip, zlib, numpy and json each have their own
+            raise ValueError(f"Certificate.load: {path} is damaged or no certificate ({error})") from error
+        return certificate
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws certified accuracy against eps; the suffix of ``path`` chooses png, svg or pdf. Needs matplotlib."""
+        figures.certified_accuracy([(self.data or "model", self)]).savefig(path, dpi=150)
+
+
+def certify(
+    model: nn.Module,
+    data: Any,
+    eps: float | Sequence[float],
+    p: float = math.inf,
+    method: str = "interval",
+    kind: str = "bound",
+    batch_size: int = 256,
+    limit: int | None = None,
+    pixel_range: tuple[float, float] | None = None,
+    resolution: int = 6,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+) -> Certificate:
+    """Finds the largest radius around each image within which ``model`` provably keeps its prediction.
+
+    Args:
+        model: any network that :mod:`lipfast.bounds` reads. It is put into eval mode, and back.
+        data: a :class:`lipfast.data.Dataset`, a pair (images (B, ...), labels (B,)), or an iterable of such pairs.
+            uint8 images become floats in [0, 1]. Images are cast to the dtype of the parameters: the ball is around the
+            image that the network sees.
+        eps: one radius or several, in the l_p norm and in units of the pixels handed over. Each is tried for each image,
+            so certified accuracies at these are those of the method.
+        p: 1, 2 or inf.
+        method: ``"interval"``: boxes through the network, the last layer merged with e_y - e_j.
+        kind: ``"bound"``, proven, rounding included; ``"estimate"``: rounded to nearest, no certificate.
+        limit: take only the first so many images.
+        pixel_range: (0, 1) leaves out what no picture can be; the default certifies the whole ball.
+        resolution: how often the gap between an eps that holds and the next, which does not, is halved.
+        device: where to compute; by default where the model is.
+
+    Raises: ValueError if an argument is out of range, a pixel is NaN or Inf, a label is no class, or the network has a layer
+        that is not supported. Pixels outside [0, 1] only warn: the certificate stays true, in units of those pixels.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"certify: model must be an nn.Module, got {type(model).__name__}")
+    levels = _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution)
+    images, labels, name = _read(data, limit)
+    _check_images(images, pixel_range)
+    start = time.perf_counter()
+    radius, prediction = [], []
+    with _evaluating(model, device) as like, torch.no_grad():
+        _check_labels(labels, read(model, tuple(images.shape[1:])).nodes[-1].shape)
+        for batch in _bar(images.split(batch_size), progress):
+            x = batch.to(like) if like is not None else batch
+            logits = model(x)
+            y = logits.argmax(1)
+            found = METHODS[method](model, x, y, levels, p, kind, pixel_range, resolution)
+            radius.append(torch.where(logits.isfinite().all(1), found, 0).cpu())
+            prediction.append(y.cpu())
+    return Certificate(
+        radius=torch.cat(radius),
+        prediction=torch.cat(prediction),
+        label=labels.cpu().long(),
+        eps=levels,
+        method=method,
+        kind=kind,
+        p=float(p),
+        pixel_range=pixel_range and (float(pixel_range[0]), float(pixel_range[1])),
+        data=name,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def interval_radius(
+    model: nn.Module,
+    x: Tensor,  # (B, ...)
+    prediction: Tensor,  # (B,)
+    levels: Sequence[float],
+    p: float,
+    kind: str,
+    pixel_range: tuple[float, float] | None,
+    resolution: int,
+) -> Tensor:  # (B,) float64
+    """The largest radius for which every interval margin of the prediction over the others is positive."""
+
+    def holds(at: Tensor, radius: Tensor) -> Tensor:  # (N,) positions in the batch, (N,) -> (N,) bool
+        y = prediction[at]  # radius stays float64: the ball that is tested must not be smaller than the one reported
+        margin = interval_margin(model, x[at], y, radius, p=p, kind=kind, pixel_range=pixel_range)
+        others = margin.scatter(1, y[:, None], 1.0)
+        return ((others > 0) & margin.isfinite()).all(1)
+
+    ladder = torch.tensor([0.0, *levels], dtype=torch.float64, device=x.device)
+    proven = torch.zeros(len(x), dtype=torch.long, device=x.device)  # highest rung that holds
+    failed = torch.full_like(proven, len(ladder))  # lowest that does not, or one past the top
+    while (at := (failed - proven > 1).nonzero()[:, 0]).numel():
+        middle = (proven[at] + failed[at]) // 2
+        ok = holds(at, ladder[middle])
+        proven[at], failed[at] = torch.where(ok, middle, proven[at]), torch.where(ok, failed[at], middle)
+    at = (failed < len(ladder)).nonzero()[:, 0]
+    low, high = ladder[proven], ladder[failed.clamp(max=len(levels))]
+    for _ in range(resolution if at.numel() else 0):
+        middle = (low[at] + high[at]) / 2
+        ok = holds(at, middle)
+        low[at], high[at] = torch.where(ok, middle, low[at]), torch.where(ok, high[at], middle)
+    return low
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {"interval": interval_radius}
+
+
+def _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution) -> tuple[float, ...]:
+    levels = sorted({float(e) for e in (eps if isinstance(eps, Iterable) else [eps])})
+    if not levels or not all(0 < e < math.inf for e in levels):
+        raise ValueError(f"certify: eps must be positive and finite, got {eps}")
+    if method not in METHODS:
+        raise ValueError(f"certify: method {method!r} is not available in this version; available: {', '.join(METHODS)}")
+    if kind not in KINDS:
+        raise ValueError(f"certify: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if p not in (1, 2, math.inf):
+        raise ValueError(f"certify: p must be 1, 2 or inf, got {p}")
+    for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("resolution", resolution, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"certify: {name} must be at least {least}, got {value}")
+    if pixel_range is not None and not pixel_range[0] < pixel_range[1]:
+        raise ValueError(f"certify: pixel_range must be (low, high) with low < high, got {pixel_range}")
+    return tuple(levels)
+
+
+def _read(data: Any, limit: int | None) -> tuple[Tensor, Tensor, str]:
+    """All images and labels in two tensors, and the name of the data set, if it has one."""
+    if isinstance(data, Dataset):
+        batches: Iterable = [(data.images, data.labels)]
+    elif isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        batches = [data]
+    elif isinstance(data, Iterable):
+        batches = data
+    else:
+        raise ValueError(f"certify: data must be a Dataset, a pair (images, labels) or batches, got {type(data).__name__}")
+    images, labels, count = [], [], 0
+    for batch in batches:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+            raise ValueError(f"certify: data must give pairs (images, labels) of tensors, got {type(batch).__name__}")
+        x, y = batch
+        if y.ndim != 1 or x.ndim < 2 or len(x) != len(y):
+            shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+            raise ValueError(f"certify: data must be images (B, ...) and labels (B,), got {shapes}")
+        images.append(x)
+        labels.append(y)
+        count += len(x)
+        if limit is not None and count >= limit:
+            break
+    if not count:
+        raise ValueError("certify: data must have at least one image, got none")
+    return unit(torch.cat(images)[:limit]), torch.cat(labels)[:limit], data.name if isinstance(data, Dataset) else ""
+
+
+def _check_images(images: Tensor, pixel_range: tuple[float, float] | None) -> None:
+    if not images.is_floating_point():
+        raise ValueError(f"certify: images must be floating, with pixels in [0, 1], or uint8, got {images.dtype}")
+    broken = ~images.flatten(1).isfinite().all(1)
+    if broken.any():
+        raise ValueError(f"certify: pixels must be finite, got NaN or Inf in image {broken.nonzero()[0].item()}")
+    low, high = (t.item() for t in images.aminmax())
+    if pixel_range is not None and not pixel_range[0] <= low <= high <= pixel_range[1]:
+        raise ValueError(f"certify: pixels must be within pixel_range {pixel_range}, got {low:g} to {high:g}")
+    if low < 0 or high > 1:
+        warnings.warn(f"certify: pixels from {low:g} to {high:g} are not in [0, 1]; eps is in their units", stacklevel=3)
+
+
+def _check_labels(labels: Tensor, output_shape: tuple[int, ...]) -> None:
+    if len(output_shape) != 1 or output_shape[0] < 2:
+        raise ValueError(f"certify: model must give logits (B, K) of two classes or more, got (B, {str(output_shape)[1:]}")
+    wrong = (labels < 0) | (labels >= output_shape[0])
+    if labels.is_floating_point() or wrong.any():
+        first = labels[wrong.nonzero()[0]].item() if wrong.any() else labels.dtype
+        raise ValueError(f"certify: labels must be classes 0 to {output_shape[0] - 1} of the model, got {first}")
+
+
+@contextmanager
+def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[Tensor | None]:
+    """The model in eval mode on ``device``, and afterwards as it was. Yields a parameter, for its dtype and device."""
+    modes = [(m, m.training) for m in model.modules()]
+    parameter = next(model.parameters(), None)
+    home = parameter.device if parameter is not None else None
+    try:
+        if device is not None:
+            try:
+                model.to(device)
+            except (RuntimeError, AssertionError) as error:  # torch raises either for a device that it does not have
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"certify: device must be one that torch can use, got {device}: {reason}") from error
+        model.eval()
+        yield next(model.parameters(), None)
+    finally:
+        if home is not None and device is not None:
+            model.to(home)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _bar(batches: Sequence[Tensor], progress: bool) -> Iterable[Tensor]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:  # the bar is a comfort, not a need
+        return batches
+    return tqdm(batches, "certify", unit="batch", leave=False, disable=not progress)

@@ -1,0 +1,171 @@
+"""Images from their standard files, and batches of them.
+
+    digits          scikit-learn's 1797 images of 8 x 8 pixels, part of that package; every fifth is a test image
+    mnist           the four idx files, gzipped or not (LeCun et al. 1998)
+    fashion-mnist   the same four names (Xiao et al. 2017, https://arxiv.org/abs/1708.07747)
+    cifar10         data_batch_1 to 5 and test_batch, as binary (.bin) or Python files (Krizhevsky 2009)
+
+Nothing is downloaded. Pixels become floats in [0, 1] when batched; normalisation belongs to the network.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lipfast import _files
+
+NAMES = ("digits", *_files.NAMES)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images, on one device.
+
+    Attributes:
+        images: (N, C, H, W), uint8 from 0 to 255 or float32 from 0 to 1.
+        labels: (N,) int64 from 0 to ``classes - 1``.
+    """
+
+    images: Tensor
+    labels: Tensor
+    name: str
+    classes: int = 10
+
+    def __post_init__(self):
+        if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(f"{self.name}: images must be (N, C, H, W) uint8 or float32, got {_describe(self.images)}")
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
+            raise ValueError(f"{self.name}: labels must be ({len(self.images)},) int64, got {_describe(self.labels)}")
+        if len(self.labels) and not (0 <= self.labels.min() and self.labels.max() < self.classes):
+            raise ValueError(f"{self.name}: labels must be from 0 to {self.classes - 1}, got {self.labels.max()}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, C, H, W = self.images.shape
+        return C, H, W
+
+    def to(self, device: str | torch.device) -> "Dataset":
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def pixels(self, rows: slice | Tensor = slice(None)) -> Tensor:  # (B, C, H, W)
+        """The chosen images as float32 in [0, 1]."""
+        return unit(self.images[rows])
+
+
+def load(
+    name: str | os.PathLike, root: str | os.PathLike | None = None, split: str = "train", limit: int | None = None
+) -> Dataset:
+    """Reads one split of a data set.
+
+    Args:
+        name: one of ``NAMES``, or a folder, in which the data set is then recognised by its files.
+        root: the folder that holds the files, or a folder of such folders; by default what the environment variable
+            LIPFAST_DATA names. digits needs none.
+        split: ``"train"`` or ``"test"``.
+        limit: only the first so many images.
+
+    Raises: ValueError, in one line, if files are missing (with what was looked for), truncated or corrupt.
+    Warns if a file differs from the published one.
+
+    >>> load("digits", split="test").shape
+    (1, 8, 8)
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"load: split must be 'train' or 'test', got {split!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"load: limit must be at least 1, got {limit}")
+    if name == "digits":
+        images, labels = _digits(split)
+    else:
+        name, folder = _files.find(name, root)
+        images, labels = _files.read(name, folder, split)
+    return Dataset(images[:limit], labels[:limit], str(name))
+
+
+def batches(
+    data: Dataset,
+    size: int,
+    seed: int,
+    epoch: int,
+    crop: int = 0,
+    flip: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[Tensor, Tensor]]:  # (B, C, H, W) float32, (B,)
+    """One epoch of shuffled batches, a function of ``(seed, epoch)`` alone.
+
+    Args:
+        size: images per batch, over all parts. The last images, fewer than that, sit this epoch out; a data set smaller
+            than one batch is one batch.
+        crop: shift each image by up to so many pixels in each direction, repeating the border (padding and random crop).
+        flip: mirror each image with probability one half.
+        part: (i, n): yield the i-th of n equal slices of every batch, for process i of n.
+    """
+    size = min(size, len(data)) // part[1]
+    if size < 1:
+        raise ValueError(f"batches: {len(data)} images cannot be shared by {part[1]} processes")
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    device = data.images.device
+    N = len(data)
+    order = torch.randperm(N, generator=generator).to(device)
+    shift = torch.randint(-crop, crop + 1, (N, 2), generator=generator).to(device)
+    mirror = (torch.randint(0, 2, (N,), generator=generator) * flip).bool().to(device)
+    for start in range(part[0] * size, N - (part[1] - part[0]) * size + 1, part[1] * size):
+        rows = order[start : start + size]
+        if crop or flip:
+            x = unit(shifted(data.images, rows, shift[start : start + size], mirror[start : start + size]))
+        else:
+            x = data.pixels(rows)
+        yield x, data.labels[rows]
+
+
+def steps(data: Dataset, size: int, parts: int = 1) -> int:
+    """How many batches one epoch of :func:`batches` has."""
+    return len(data) // max(1, min(size, len(data)) // parts * parts)
+
+
+def shifted(
+    images: Tensor,  # (N, C, H, W)
+    rows: Tensor,  # (B,)
+    shift: Tensor,  # (B, 2)
+    mirror: Tensor,  # (B,) bool
+) -> Tensor:  # (B, C, H, W)
+    """Image ``rows[b]`` moved by ``shift[b]`` pixels, the border repeated, then mirrored left to right where ``mirror[b]``.
+
+    One gather: the pixel at (i, j) comes from (i + shift, j + shift) clamped to the image.
+    """
+    _, _, H, W = images.shape
+    i = torch.arange(H, device=images.device)
+    j = torch.arange(W, device=images.device)
+    j = torch.where(mirror[:, None], W - 1 - j, j)  # (B, W)
+    i = (i + shift[:, :1]).clamp(0, H - 1)  # (B, H)
+    j = (j + shift[:, 1:]).clamp(0, W - 1)
+    return images[rows[:, None, None], :, i[:, :, None], j[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def unit(images: Tensor) -> Tensor:
+    """Pixels as float32 in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("digits: scikit-learn is needed (pip install lipfast[loops])") from error
+    raw = load_digits()
+    test = torch.arange(len(raw.target)) % 5 == 4
+    rows = test if split == "test" else ~test
+    images = torch.from_numpy(raw.images).float()[:, None] / 16
+    return images[rows], torch.from_numpy(raw.target).long()[rows]
+
+
+def _describe(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype}"

@@ -1,0 +1,145 @@
+"""What every recipe is: hyper-parameters, an initialisation, a loss. The loop that uses them is :mod:`lipfast.train`."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": lambda parameters, **settings: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Hyper-parameters that all recipes share. Epochs may be fractions; radii are in units of pixels in [0, 1].
+
+    Attributes:
+        data: name of the data set it is made for.
+        model, arguments: ``models.build(model, **arguments)``; the loop adds the data's shape and number of classes.
+        milestones: epochs at which the learning rate is multiplied by ``lr_decay``.
+        clip: largest l2 norm of the gradient.
+        crop, flip: random shift by up to ``crop`` pixels and mirror image, see :func:`lipfast.data.batches`.
+        eps: the radius at which the network is to be certified.
+    """
+
+    data: str
+    model: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    epochs: int
+    batch_size: int = 128
+    optimizer: str = "adam"
+    lr: float = 5e-4
+    weight_decay: float = 0.0
+    milestones: tuple[float, ...] = ()
+    lr_decay: float = 0.2
+    clip: float = 10.0
+    crop: int = 0
+    flip: bool = False
+    seed: int = 0
+    eps: float
+
+    in_epochs: ClassVar[tuple[str, ...]] = ("milestones",)  # fields that with_epochs stretches
+
+    def __post_init__(self):
+        self.require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        for name in ("epochs", "batch_size"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "clip"):
+            self.require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
+        for name in ("weight_decay", "lr_decay", "crop", "seed", "eps"):
+            self.require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+
+    def require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"recipe: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def preset(cls, data: str) -> "Recipe":
+        """The published (or our own, where it says so) setting for a data set."""
+        raise NotImplementedError
+
+    def initialise(self, model: nn.Module) -> None:
+        """Sets the weights at the start."""
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective on a batch, () with gradient, and its parts for the record, detached.
+
+        Args:
+            model: in training mode, and left there.
+            x, y: (B, C, H, W) pixels in [0, 1], (B,) labels.
+            epoch: epochs done so far, a real number.
+        """
+        raise NotImplementedError
+
+    def schedule(self, epoch: float) -> dict[str, float]:
+        """The scheduled quantities at a time, for the record."""
+        return {}
+
+    def certified(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # (B,) bool
+        """Where the label is certified at ``eps``, as estimated without regard to rounding. ``model`` is in eval mode."""
+        raise NotImplementedError
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        return OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+    def lr_at(self, epoch: int) -> float:
+        return self.lr * self.lr_decay ** sum(m <= epoch for m in self.milestones)
+
+    def with_epochs(self, epochs: int) -> "Recipe":
+        """The same recipe stretched or squeezed to ``epochs``, its schedules in proportion."""
+        scale = epochs / self.epochs
+        values: dict[str, Any] = {"epochs": epochs}
+        for name in self.in_epochs:
+            value = getattr(self, name)
+            values[name] = tuple(scale * v for v in value) if isinstance(value, tuple) else scale * value
+        return dataclasses.replace(self, **values)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Recipe":
+        """The same recipe with other fields. Values may be text as typed by a user: ``8/255``, ``50,60``, ``true``.
+
+        Raises: ValueError for an unknown field or a value that does not fit.
+
+        >>> from lipfast.recipes import Interval
+        >>> Interval.preset("digits").with_settings({"eps": "8/255", "milestones": "5,7"}).milestones
+        (5.0, 7.0)
+        """
+        types = {f.name: f.type for f in dataclasses.fields(self)}
+        for name in settings:
+            if name not in types:
+                raise ValueError(f"recipe: no field {name!r}; fields are {', '.join(types)}")
+        values = {name: _parsed(name, types[name], value) for name, value in settings.items()}
+        return dataclasses.replace(self, **values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _parsed(name: str, kind: Any, value: Any) -> Any:
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        if kind in (float, int):
+            number = Fraction(value) if isinstance(value, str) else value
+            if kind is int and number != int(number):
+                raise ValueError
+            return kind(number)
+        if kind in (bool, str):
+            return kind(value)
+        if kind == tuple[float, ...]:
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(float(Fraction(p)) if isinstance(p, str) else float(p) for p in parts if p != "")
+        return dict(json.loads(value) if isinstance(value, str) else value)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        what = getattr(kind, "__name__", "value") if isinstance(kind, type) else str(kind)
+        raise ValueError(f"recipe: {name} must be {what}, got {value!r}") from error

@@ -1,0 +1,31 @@
+"""Quantities that change during training, as functions of the epoch: a real number, the epochs done so far."""
+
+
+def linear_ramp(epoch: float, start: float, length: float) -> float:
+    """0 until ``start``, then a straight line to 1 at ``start + length``.
+
+    >>> [linear_ramp(e, 1, 4) for e in (0, 1, 3, 9)]
+    [0.0, 0.0, 0.5, 1.0]
+    """
+    if epoch >= start + length:
+        return 1.0
+    return 0.0 if epoch <= start else (epoch - start) / length
+
+
+def smooth_ramp(epoch: float, start: float, length: float, middle: float = 0.25) -> float:
+    """0 until ``start``, then a fourth power that meets a straight line to 1 at ``start + length``.
+
+    With t = (epoch - start)/length and m = ``middle`` (0 < m < 1)
+
+        a t^4                      for t <= m
+        a m^4 + 4 a m^3 (t - m)    for t >= m,    a = 1/(m^3 (4 - 3 m)),
+
+    equal in value and slope at m, and 1 at t = 1. The schedule of eps in Shi et al. 2021 (https://arxiv.org/abs/2103.17268,
+    Appendix), there called smoothed.
+
+    >>> [round(smooth_ramp(e, 0, 1), 4) for e in (0, 0.25, 0.5, 1)]
+    [0.0, 0.0769, 0.3846, 1.0]
+    """
+    t, m = linear_ramp(epoch, start, length), middle
+    a = 1 / (m**3 * (4 - 3 * m))
+    return a * t**4 if t <= m else min(1.0, a * m**4 + 4 * a * m**3 * (t - m))
