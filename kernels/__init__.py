@@ -3,3 +3,4 @@
 
 def register() -> None:
     """Imports every kernel file; each registers itself for CUDA tensors."""
+    from lipfast.kernels import interval_conv2d, interval_linear  # noqa: F401
