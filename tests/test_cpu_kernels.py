@@ -1,0 +1,130 @@
+"""What only the compiled CPU kernels can get wrong: instruction sets, transforms, threads, and where a NaN ends up."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lipfast.ops.interval_conv2d as module
+from lipfast import interval_conv2d, interval_linear, loaded
+from tests.checks import assert_near
+from tests.test_interval_conv2d import inputs
+
+pytestmark = pytest.mark.skipif(not loaded["cpu"], reason="the CPU kernels are not built")
+
+#            B, C, H, W, O, kernel, stride, padding, dilation, groups
+TRANSFORMED = [
+    (2, 16, 6, 6, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (0, 16, 12, 12, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 17, 9, 13, 33, (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    (2, 32, 15, 12, 48, (3, 3), (1, 1), (2, 2), (1, 1), 1),
+    (1, 16, 8, 9, 20, (3, 3), (1, 1), (3, 0), (1, 1), 1),
+    (2, 16, 24, 26, 18, (4, 4), (2, 2), (1, 1), (1, 1), 1),
+    (1, 19, 27, 25, 16, (4, 4), (2, 2), (0, 2), (1, 1), 1),
+    (1, 16, 26, 24, 33, (4, 4), (2, 2), (3, 1), (1, 1), 1),
+]
+OTHER = [
+    (1, 70, 5, 5, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 37, 9, 8, 37, (3, 3), (2, 1), (1, 2), (1, 1), 37),
+    (2, 12, 9, 7, 18, (3, 2), (3, 2), (2, 1), (2, 1), 3),
+    (1, 3, 40, 5, 34, (5, 1), (2, 1), (0, 0), (1, 1), 1),
+]
+
+
+def answers(case, dtype, outward=False):
+    """Box and, without outward rounding, gradients."""
+    torch.manual_seed(0)
+    args, options = inputs(*case, "cpu", dtype)
+    leaves = [t.requires_grad_() for t in args]
+    out = interval_conv2d(*leaves, **options, outward=outward)
+    return [o.detach() for o in out] + list(torch.autograd.grad(out, leaves, [torch.randn_like(o) for o in out]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", TRANSFORMED + OTHER, ids=str)
+def test_equals_the_reference_at_every_boundary(case, dtype):
+    got = answers(case, dtype)
+    torch.manual_seed(0)
+    args, options = inputs(*case, "cpu", dtype)
+    leaves = [t.double().requires_grad_() for t in args]
+    out = module.reference(*leaves, **options)
+    seeds = [torch.randn_like(o, dtype=dtype).double() for o in out]
+    for g, w in zip(got, [*out, *torch.autograd.grad(out, leaves, seeds)], strict=True):
+        assert_near(g, w, dtype, slack=2)
+
+
+SCRIPT = """
+import sys, torch
+from tests.test_cpu_kernels import OTHER, TRANSFORMED, answers
+from lipfast import interval_linear
+torch.manual_seed(0)
+out = [answers(case, dtype, outward) for case in TRANSFORMED + OTHER
+       for dtype in (torch.float32, torch.float64) for outward in (False, True)]
+for B, I, O in ((1, 70, 5), (3, 67, 9), (13, 700, 70)):
+    x, w = torch.randn(B, I), torch.randn(O, I, requires_grad=True)
+    box = interval_linear(x, x + 1, w)
+    out.append([*box, *torch.autograd.grad(sum(b.square().sum() for b in box), w)])
+torch.save((torch.ops.lipfast.cpu_capability(), [[t.detach() for t in o] for o in out]), sys.stdout.buffer)
+"""
+
+
+def in_process(**environment):
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, check=True, timeout=300
+    )
+    return torch.load(io.BytesIO(run.stdout))
+
+
+@pytest.fixture(scope="module")
+def here():
+    return in_process(OMP_NUM_THREADS="1")
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_answers(capability, here):
+    name, got = in_process(LIPFAST_CPU_CAPABILITY=capability)
+    if name != capability:
+        pytest.skip(f"this machine has no {capability}")
+    for g, w in zip(got, here[1], strict=True):
+        for a, b in zip(g, w, strict=True):
+            assert_near(a, b, a.dtype, slack=2)
+
+
+def test_answers_do_not_depend_on_the_number_of_threads(here):
+    for got, want in zip(in_process(OMP_NUM_THREADS="3")[1], here[1], strict=True):
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", TRANSFORMED + OTHER, ids=str)
+def test_a_bad_pixel_spoils_what_it_touches_and_no_other_image(case, bad):
+    (lower, upper, weight, bias), options = inputs(2, *case[1:], "cpu", torch.float32)
+    y, x = case[2] // 2, case[3] // 2
+    upper[1, :, y, x] = bad
+    touched = torch.zeros_like(lower)
+    touched[1, :, y, x] = 1
+    touched = torch.nn.functional.conv2d(touched, torch.ones_like(weight), **options) > 0
+    for t in interval_conv2d(lower, upper, weight, bias, **options):
+        assert not t[touched].isfinite().any()
+        assert t[0].isfinite().all()
+
+
+def test_a_spread_that_cancels_stays_ordered():
+    # The last row and column of the kernel are zero, so pixels there add to the transforms and must cancel.
+    (lower, _, weight, _), options = inputs(*TRANSFORMED[3], "cpu", torch.float32)
+    weight[:, :, 2, :] = weight[:, :, :, 2] = 0
+    lower.zero_()
+    upper = lower.clone()
+    upper[:, :, 2, 3] = torch.rand(upper.shape[:2])
+    low, high = interval_conv2d(lower, upper, weight, **options)
+    assert (low <= high).all()
+
+
+def test_one_row_and_many_rows_agree():
+    x, w = torch.randn(40, 133), torch.randn(35, 133)
+    for whole, single in zip(interval_linear(x, x + 1, w), interval_linear(x[:1], x[:1] + 1, w), strict=True):
+        assert_near(whole[:1], single, torch.float32)
