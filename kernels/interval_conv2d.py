@@ -14,11 +14,11 @@ from math import gcd
 import torch
 import triton
 import triton.language as tl
-from lipfast.kernels.interval_linear import sections, sign
-from lipfast.kernels.launch import Tile, above, choose, ends, product_options, split
 from torch import Tensor
 
 from lipfast import rounding
+from lipfast.kernels.interval_linear import sections, sign
+from lipfast.kernels.launch import Tile, above, choose, ends, product_options, split
 
 TILES = {
     (9, "half"): [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 32, 64, 4, 3)],
@@ -124,8 +124,10 @@ def interval_conv2d_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     low, high, grad_weight = (lower.new_empty(0) for _ in range(3))
+    if not (need_input or need_weight):
+        return low, high, grad_weight
     with torch.cuda.device_of(lower):
-        grads = _channels_last(grad_lower, grad_upper) if need_input or need_weight else ()
+        center, radius = _channels_last(grad_lower, grad_upper)
         if need_input:
             low, high = (torch.empty(lower.shape, dtype=lower.dtype, device=lower.device) for _ in range(2))
             if low.numel():
@@ -134,10 +136,10 @@ def interval_conv2d_backward(
                 for rows, tap_rows in _phases(*geometry[0]):
                     for columns, tap_columns in _phases(*geometry[1]):
                         taps = w[:, :, tap_rows, tap_columns].contiguous()
-                        _product(*grads, taps, None, None, (low, high), rows, columns)
+                        _product(center, radius, taps, None, None, (low, high), rows, columns)
         if need_weight:
             inputs = _channels_last(lower, upper)
-            grad_weight = _weight_gradient(grads, inputs, weight, stride, padding, dilation, groups)
+            grad_weight = _weight_gradient((center, radius), inputs, weight, stride, padding, dilation, groups)
     return low, high, grad_weight
 
 
@@ -148,7 +150,7 @@ def _phases(size: int, kernel: int, stride: int, padding: int, dilation: int) ->
     taps k = first, first + period, ... qualify, and the output moves by one per pixel and by -period dilation/stride per tap.
     """
     period = stride // gcd(stride, dilation)
-    phases = []
+    phases: list[tuple[tuple[int, ...], slice]] = []
     for phase in range(min(stride, size)):
         pixels = (size - phase + stride - 1) // stride
         first = next((k for k in range(min(period, kernel)) if (phase + padding - k * dilation) % stride == 0), kernel)

@@ -6,10 +6,10 @@ Every kernel forms the transposed result, so that W is the left operand, which a
 import torch
 import triton
 import triton.language as tl
-from lipfast.kernels.launch import FULL, Tile, above, choose, ends, number, product_options, split
 from torch import Tensor
 
 from lipfast import rounding
+from lipfast.kernels.launch import FULL, Tile, above, choose, ends, number, product_options, split
 
 # Two accumulators of rows x columns. On sm_90: 128 of 255 registers a thread, 48 KB of shared memory a stage.
 TILES = {
@@ -80,7 +80,8 @@ def interval_linear_backward(
     low, high, grad_weight = (lower.new_empty(0) for _ in range(3))
     with torch.cuda.device_of(lower):
         if need_input:  # the halves of both splits are those of dlower, dupper = (tm -+ tr)/2
-            low, high = _product(*split(grad_lower, grad_upper), weight.contiguous().mT, None, None)
+            center, radius = split(grad_lower, grad_upper)
+            low, high = _product(center, radius, weight.contiguous().mT, None, None)
         if need_weight:
             grad_weight = _weight_gradient(_columns(grad_lower, grad_upper), _columns(lower, upper), weight.contiguous())
     return low, high, grad_weight
