@@ -222,7 +222,11 @@ def test_margins_reuse_memory_without_changing_a_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).double()
     x, label = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 4])
-    got = torch.autograd.grad(interval_margin(model, x, label, 0.05, kind="estimate").sum(), list(model.parameters()))
+    margins = interval_margin(model, x, label, 0.05, kind="estimate")
+    got = torch.autograd.grad(margins.sum(), list(model.parameters()), retain_graph=True)
+    again = torch.autograd.grad(margins.sum(), list(model.parameters()), create_graph=True)
+    torch.testing.assert_close(got, again)
+    assert all(g.requires_grad for g in again[:3])
     low, high = (x - 0.05), (x + 0.05)
     for layer in list(model)[:4]:
         if isinstance(layer, nn.Conv2d):
@@ -263,6 +267,35 @@ def test_memory_is_not_reused_while_a_view_of_it_is_alive():
     torch.testing.assert_close(interval_margin(model, x, label, 0.0, kind="estimate"), want)
     logits = model(x)
     torch.testing.assert_close(want, logits.gather(1, label[:, None]) - logits)
+
+
+def test_gradients_are_not_overwritten_where_two_branches_share_them():
+    class TwoBranches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.c(torch.relu(self.a(x)) + torch.relu(self.b(x))).relu().flatten(1)
+
+    model, x, label = TwoBranches().double(), torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    grads = lambda margin: torch.autograd.grad(margin.square().sum(), list(model.parameters()))
+    got = grads(interval_margin(model, x, label, 0.1, kind="estimate"))
+    torch.testing.assert_close(got, grads(interval(model, x, 0.1, kind="estimate").margin(label)))
+
+
+def test_margins_of_convolutions_over_a_line_have_gradients():
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Conv1d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    margin = interval_margin(model, torch.randn(2, 1, 8), torch.tensor([0, 1]), 0.1, kind="estimate")
+    assert all(g.isfinite().all() for g in torch.autograd.grad(margin.sum(), list(model.parameters())))
+
+
+def test_layers_are_kept_only_if_wanted():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3)
+    lean, full = interval(model, x, 0.1, keep_layers=False), interval(model, x, 0.1)
+    assert lean.layers == {}
+    assert torch.equal(lean.lower, full.lower)
+    assert torch.equal(lean.upper, full.upper)
 
 
 def test_a_clipped_ball_is_no_looser_than_the_ball_or_the_box():

@@ -160,3 +160,21 @@ def _(layer: Elementwise, box: Box, *, kind: str) -> Box:
 @image.register
 def _(layer: MaxMin, box: Box, *, kind: str) -> Box:
     return max_min(box[0]), max_min(box[1])
+
+
+class ReluInPlace(torch.autograd.Function):
+    """ReLU of a box, written over it; its gradient is written over too. Both must have no other holder."""
+
+    @staticmethod
+    def forward(ctx, lower, upper):
+        out = lower.relu_(), upper.relu_()
+        ctx.mark_dirty(*out)
+        ctx.save_for_backward(*out)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled():  # to be differentiated again
+            return tuple(g * (out > 0) for g, out in zip(grads, ctx.saved_tensors, strict=True))
+        pairs = zip(grads, ctx.saved_tensors, strict=True)
+        return tuple(torch.ops.aten.threshold_backward.grad_input(g, out, 0, grad_input=g) for g, out in pairs)

@@ -187,7 +187,7 @@ _SMOOTH = 16.0  # spacings: more than any of torch's implementations errs, again
 # GELU and SiLU: extrema of the derivative; the minimum of GELU lies near -0.752, that of SiLU near -1.2785. All rounded
 # outward.
 _ELEMENTWISE: dict[type, Callable[..., Layer]] = {
-    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0), in_place=torch.relu_),
+    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0)),
     nn.ReLU6: lambda m: Elementwise("relu6", F.relu6, (0.0, 1.0)),
     nn.Hardtanh: lambda m: Elementwise("hardtanh", lambda x: x.clamp(m.min_val, m.max_val), (0.0, 1.0), error=1),
     nn.LeakyReLU: lambda m: _leaky(m.negative_slope),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lipfast import rounding
-from lipfast.bounds._interval_rules import Box, conv2d_arguments, image, sum_slack
+from lipfast.bounds._interval_rules import Box, ReluInPlace, conv2d_arguments, image, sum_slack
 from lipfast.bounds.layers import Conv, Elementwise, L2Pool, Layer, Linear, MaxMin, MaxPool, Rearrange, Scale
 from lipfast.bounds.network import Network, read
 from lipfast.ops.ball_conv2d import ball_conv2d
@@ -65,6 +65,7 @@ def interval(
     p: float = math.inf,
     kind: str = "bound",
     pixel_range: tuple[float, float] | None = None,
+    keep_layers: bool = True,
 ) -> Boxes:
     """Boxes around every value of ``model`` over the balls of radius ``eps`` around ``x``.
 
@@ -77,6 +78,7 @@ def interval(
         kind: "bound" contains the exact values, rounding included, and carries no gradient; "estimate" is rounded to
             nearest and differentiable in the parameters and x.
         pixel_range: values outside of it are no inputs; the first box is clipped to it. None clips nothing.
+        keep_layers: False leaves ``layers`` empty, and saves the memory and time of keeping every box.
 
     Raises: ValueError for NaN or Inf in x, a negative eps, an unknown p or kind, or a layer without a rule, which it names.
 
@@ -88,11 +90,12 @@ def interval(
     with _grad_for(kind):
         network = read(model, tuple(x.shape[1:]))
         layers: dict[str, Box] = {}
+        keep = layers if keep_layers else None
         start = _start(x, eps, p, kind, pixel_range)
         last = _final_linear(network)
         if last is None:
-            return Boxes(*_as_box(_last_value(network, start, kind, layers), kind), layers, None, None, kind)
-        hidden = _last_value(network.until(network.nodes[-1].inputs[0]), start, kind, layers)
+            return Boxes(*_as_box(_last_value(network, start, kind, keep), kind), layers, None, None, kind)
+        hidden = _last_value(network.until(network.nodes[-1].inputs[0]), start, kind, keep)
         return Boxes(*_as_box(_apply(last, [hidden], kind), kind), layers, hidden, last, kind)
 
 
@@ -224,16 +227,33 @@ def _last_value(network: Network, start: Box | _Ball, kind: str, layers: dict[st
         inputs = [values[i] for i in node.inputs]
         if layers is not None and isinstance(node.layer, _ACTIVATIONS):
             layers[_fresh(node.name, layers)] = _as_box(inputs[0], kind)
-        layer = node.layer
-        if layers is None and isinstance(layer, Elementwise) and layer.in_place is not None:
-            source = node.inputs[0]
-            if len(readers[source]) == 1 and isinstance(network.nodes[source].layer, (Linear, Conv)):
-                layer = replace(layer, function=layer.in_place)  # nobody else holds these numbers
-        values.append(_apply(layer, inputs, kind) if inputs else start)
+        if layers is None and _is_hidden_relu(network, readers, position):
+            values.append(ReluInPlace.apply(*inputs[0]))
+        else:
+            values.append(_apply(node.layer, inputs, kind) if inputs else start)
         for i in node.inputs:
             if readers[i][-1] == position:
                 values[i] = None
     return values[-1]
+
+
+def _is_hidden_relu(network: Network, readers: list[list[int]], position: int) -> bool:
+    """A ReLU between two affine layers, with no other reader: nobody else holds its box, nor the gradient of it."""
+
+    def affine(at: int) -> bool:
+        return isinstance(network.nodes[at].layer, (Linear, Conv))
+
+    node = network.nodes[position]
+    if not isinstance(node.layer, Elementwise) or node.layer.name != "relu":
+        return False
+    source, after = node.inputs[0], position
+    while len(readers[after]) == 1 and not affine(after):
+        after = readers[after][0]
+        if not affine(after) and not isinstance(network.nodes[after].layer, Rearrange):
+            return False
+    layer = network.nodes[source].layer
+    line = isinstance(layer, Conv) and layer.weight.ndim == 3  # its box is a view
+    return affine(source) and not line and len(readers[source]) == 1 and affine(after)
 
 
 def _fresh(name: str, taken: dict) -> str:

@@ -108,7 +108,6 @@ class Elementwise(Layer):
             it is reached; None if it never falls.
         error: the computed value is within ``error * eps * (1 + |x| + |f(x)|)`` of the exact one; 0 if it is exact.
         jump: what its implementation adds to that in absolute terms.
-        in_place: the same function written over its argument, if torch has it.
     """
 
     name: str
@@ -117,7 +116,6 @@ class Elementwise(Layer):
     least: tuple[float, float, float] | None = None
     error: float = 0.0
     jump: float = 0.0
-    in_place: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,11 @@ def interval_conv2d(
     stride, padding, dilation = geometry(name, lower, weight, stride, padding, dilation, groups)
     if bias is not None:
         check_shape(name, "bias", bias, weight.shape[:1])
+    where = (weight, bias, stride, padding, dilation, groups, outward)
+    if lower.ndim == 4:  # no views: writing over one, as relu_ does, costs a copy in the backward
+        return torch.ops.lipfast.interval_conv2d(lower, upper, *where)
     images = [t.reshape(-1, *t.shape[-3:]) for t in (lower, upper)]
-    out = torch.ops.lipfast.interval_conv2d(*images, weight, bias, stride, padding, dilation, groups, outward)
+    out = torch.ops.lipfast.interval_conv2d(*images, *where)
     return tuple(t.reshape(*lower.shape[:-3], *t.shape[1:]) for t in out)
 
 
@@ -133,7 +136,7 @@ def backward(ctx, grad_lower, grad_upper):
         grad_lower, grad_upper, *ctx.saved_tensors, *ctx.where, need[0] or need[1], need[2]
     )
     low, high, weight = (g if used else None for g, used in zip(grads, (need[0], need[1], need[2]), strict=True))
-    bias = (grad_lower + grad_upper).sum((0, 2, 3)) if ctx.has_bias and need[3] else None
+    bias = grad_lower.sum((0, 2, 3)) + grad_upper.sum((0, 2, 3)) if ctx.has_bias and need[3] else None
     return low, high, weight, bias, None, None, None, None, None
 
 

@@ -78,7 +78,7 @@ def backward(ctx, grad_lower, grad_upper):
     need = ctx.needs_input_grad
     grads = torch.ops.lipfast.interval_linear_backward(grad_lower, grad_upper, *ctx.saved_tensors, need[0] or need[1], need[2])
     low, high, weight = (g if used else None for g, used in zip(grads, (need[0], need[1], need[2]), strict=True))
-    bias = _rows(grad_lower + grad_upper).sum(0) if ctx.has_bias and need[3] else None
+    bias = _rows(grad_lower).sum(0) + _rows(grad_upper).sum(0) if ctx.has_bias and need[3] else None
     return low, high, weight, bias, None
 
 
