@@ -1,0 +1,71 @@
+"""``python -m bench``: checks every op, then times it on its test's large cases. ``--peers``: whole networks."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import cases, floors, networks, ops, record
+
+DTYPES = ["float32", "tf32", "bfloat16", "float16", "float64"]
+
+
+def main() -> int:
+    a = _arguments()
+    torch.set_num_threads(a.threads)
+    facts = record.circumstances(a.device)
+    print(
+        "lipfast {lipfast}, torch {torch}".format(**facts["versions"]), "on", facts["machine"]["gpu"] or facts["machine"]["cpu"]
+    )
+    missing = [name for name, loaded in facts["kernels"].items() if not loaded]
+    if a.device == "cpu" and "cpu" in missing:
+        print("note: no compiled kernels here, so every op is its reference: pip install -e .")
+    results = []
+    if a.ops or not a.peers:
+        results += _time_ops(a)
+    if a.peers:
+        for name, build in {"small": networks.small}.items() if a.quick else networks.NETWORKS.items():
+            results += networks.run(name, build, a.device, 2 if a.quick else 64, a.repeats)
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps({**record.circumstances(a.device), "results": results}, indent=1) + "\n")
+    return 0
+
+
+def _time_ops(a: argparse.Namespace) -> list[dict]:
+    print(ops.HEAD)
+    rows = []
+    for dtype in a.dtype:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        rate = {} if a.quick else floors.rates(a.device, dtype)
+        for name in a.ops or cases.names():
+            rows += ops.run(name, a.device, dtype, a.outward, a.repeats, a.quick, rate)
+    return rows
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="all, if none is named")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--outward", action="store_true", help="the boxes that hold in floating point")
+    parser.add_argument("--peers", action="store_true", help="whole networks beside compiled code and auto_LiRPA")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=None, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help="every check, tiny sizes, no meaningful time")
+    a = parser.parse_args()
+    if unknown := set(a.ops) - set(cases.names()):
+        parser.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(cases.names())}")
+    if a.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    if a.device == "cpu" and "tf32" in a.dtype:
+        parser.error("--dtype tf32 is an arithmetic of --device cuda")
+    a.repeats = a.repeats or (2 if a.quick else 20)
+    return a
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The least time that an op can take on a device: its FLOPs and its bytes over what the device can do."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.cases import Call
+from bench.timing import quartiles, rounds
+
+# bytes/s and FLOP/s that large copies and matrix products reach. Any other device is measured at the start of a run.
+FIGURES = {
+    "NVIDIA H200": {"bytes": 4.3e12, "bfloat16": 788e12, "float16": 788e12, "tf32": 400e12, "float32": 55e12},
+}
+
+# FLOPs of the forward pass, from its tensors and its first output. Ops that are not here are bound by their bytes.
+FLOPS: dict[str, Callable[[Tensor, tuple], int]] = {
+    "interval_linear": lambda out, args: 4 * out.numel() * args[2][0].numel(),
+    "interval_conv2d": lambda out, args: 4 * out.numel() * args[2][0].numel(),
+    "ball_linear": lambda out, args: 2 * out.numel() * args[2][0].numel() + 2 * args[2].numel(),
+    "ball_conv2d": lambda out, args: 2 * out.numel() * args[2][0].numel() + 2 * args[2].numel(),
+    "pairwise_distance": lambda out, args: args[0].numel() * args[0].shape[-2],  # symmetric: half of K x K
+}
+
+
+def rates(device: str, arithmetic: str) -> dict[str, float]:
+    """``bytes`` and ``flops`` per second; empty where a listed device has no figure for this arithmetic."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    figures = next((f for key, f in FIGURES.items() if name.startswith(key)), None)
+    if figures is None:
+        return _measured(device, arithmetic)
+    return {"bytes": figures["bytes"], "flops": figures[arithmetic]} if arithmetic in figures else {}
+
+
+def _measured(device: str, arithmetic: str) -> dict[str, float]:
+    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
+    N = 4096 if device == "cuda" else 1024
+    a = torch.randn(N, N, device=device, dtype=dtype)
+    source = torch.ones(64 << 20, device=device)
+    target = torch.empty_like(source)
+    times = rounds({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, 5, device)
+    fast = {name: quartiles(samples)[0] for name, samples in times.items()}
+    return {"bytes": 8 * source.numel() / fast["copy"], "flops": 2 * N**3 / fast["product"]}
+
+
+def floor(call: Call, outs: tuple[Tensor, ...], backward: bool, rate: dict[str, float]) -> float | None:
+    """Seconds. Each tensor is read or written once per pass; a backward pass costs two forward products."""
+    if not rate:
+        return None
+    size = lambda ts: sum(t.numel() * t.element_size() for t in ts if isinstance(t, Tensor))
+    moved = size(call.args) + size(outs)
+    flops = FLOPS[call.name](outs[0], call.args) if call.name in FLOPS else 0
+    if backward:
+        moved, flops = 2 * moved + size(call.args), 3 * flops
+    return max(moved / rate["bytes"], flops / rate["flops"])

@@ -1,0 +1,62 @@
+"""Times in turns: every round takes each candidate once, so a busy machine slows all alike and ratios stay honest."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Times = dict[str, list[float]]
+_SHORTEST = 2e-3  # seconds: shorter calls are repeated inside one sample
+
+
+def rounds(candidates: dict[str, Callable[[], object]], repeats: int, device: str) -> Times:
+    """Seconds per call of each candidate, one sample per round; two rounds of warming up are not counted."""
+    clock = _cuda_clock() if device == "cuda" else _cpu_clock
+    loops = {}
+    for name, run in candidates.items():
+        run()  # compiles, allocates
+        loops[name] = 1 if device == "cuda" else max(1, math.ceil(_SHORTEST / max(_cpu_clock(run, 1), 1e-7)))
+    times: Times = {name: [] for name in candidates}
+    for turn in range(repeats + 2):
+        for name, run in candidates.items():
+            seconds = clock(run, loops[name])
+            if turn >= 2:
+                times[name].append(seconds)
+    return times
+
+
+def _cpu_clock(run: Callable, loops: int) -> float:
+    start = time.perf_counter()
+    for _ in range(loops):
+        run()
+    return (time.perf_counter() - start) / loops
+
+
+def _cuda_clock() -> Callable[[Callable, int], float]:
+    cache = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def clock(run: Callable, loops: int) -> float:
+        cache.zero_()  # every call finds its operands in device memory
+        torch.cuda._sleep(1_000_000)  # half a millisecond in which the host queues the launches: kernels are timed, not Python
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    if len(samples) < 2:
+        return (samples[0],) * 3
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, middle, high
+
+
+def ratio(times: Times, other: str, own: str) -> float:
+    """How many times longer ``other`` took than ``own``: the median over rounds, each a pair taken side by side."""
+    return statistics.median(a / b for a, b in zip(times[other], times[own], strict=True))
