@@ -89,14 +89,14 @@ class Interval(Recipe):
         eps, kappa = max(now["eps"], _LEAST_EPS), now["kappa"]
         logits = model(x) if kappa > 0 or _normalises(model) else None
         model.eval()
-        boxes = interval(model, x, eps, kind="estimate", pixel_range=_PIXELS)
+        weight = self._weight(now["eps"])
+        boxes = interval(model, x, eps, kind="estimate", pixel_range=_PIXELS, keep_layers=weight > 0)
         model.train()
         margin = boxes.margin(y)
         total = losses.interval(margin, y, logits, kappa)
         parts = {"robust_loss": losses.interval(margin.detach(), y)}
         if logits is not None:
             parts["natural_loss"] = nn.functional.cross_entropy(logits.detach(), y)
-        weight = self._weight(now["eps"])
         if weight > 0:
             layers = list(boxes.layers.values())
             start = ((x - eps).clamp(*_PIXELS), (x + eps).clamp(*_PIXELS))

@@ -1,0 +1,59 @@
+# `make demo` and `make test` are all that a newcomer needs: each sets everything up by itself, in .venv.
+#
+#   make test PY=python3.12    with another Python
+#   make test VENV=            in the environment that is active, whose torch (a CUDA build, say) is kept
+#   make demo DEMO_ARGS="--epochs 2"
+
+PY ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+RUN ?= runs/demo
+
+ENV := $(or $(VENV),$(shell $(PY) -c "import sys; print(sys.prefix)"))
+BIN := $(if $(VENV),$(VENV)/bin,$(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'))"))
+PYTHON := $(if $(VENV),$(VENV)/bin/python,$(PY))
+# The install is editable: Python files are live, and only what is compiled makes it old.
+READY := $(subst $() ,\ ,$(ENV))/.lipfast
+COMPILED := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/* kernels/*.cu kernels/*.cuh)
+
+.PHONY: help demo test lint bench gpu clean
+help:
+	@grep -E '^#( |$$)' Makefile | head -n 5 | cut -c 3-
+	@echo "targets: demo test lint bench gpu clean"
+
+demo: $(READY)
+	rm -rf "$(RUN)"
+	"$(BIN)/lipfast" train interval --data digits --out "$(RUN)" $(DEMO_ARGS)
+	"$(BIN)/lipfast" certify "$(RUN)" --eps 0.02 0.05 0.1
+	"$(BIN)/lipfast" report "$(RUN)"
+
+test: $(READY)
+	"$(BIN)/pytest" -q $(TEST_ARGS)
+
+lint: $(READY)-dev
+	"$(BIN)/ruff" check
+	"$(BIN)/ruff" format --check
+	"$(BIN)/mypy"
+	git ls-files -z -co --exclude-standard 'csrc/*' 'kernels/*.cu' 'kernels/*.cuh' | xargs -0r "$(BIN)/clang-format" --dry-run -Werror
+
+bench: $(READY)
+	"$(PYTHON)" -m bench $(BENCH_ARGS)
+
+# On a machine with a GPU, and without a network: builds, tests, sanitizes, measures.
+gpu:
+	bash tools/gpu.sh
+
+clean:
+	rm -rf build dist .venv
+
+# torch first: the build reads its headers, and an existing one is kept.
+$(READY): $(COMPILED)
+	$(if $(VENV),[ -x "$(PYTHON)" ] || "$(PY)" -m venv "$(VENV)")
+	"$(PYTHON)" -c "import torch" 2>/dev/null || "$(PYTHON)" -m pip install -q "$(TORCH)"
+	"$(PYTHON)" -m pip install -q -e '.[test]'
+	touch "$(ENV)/.lipfast"
+
+$(READY)-dev: $(READY)
+	"$(PYTHON)" -m pip install -q -e '.[dev]'
+	touch "$(ENV)/.lipfast-dev"
