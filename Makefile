@@ -13,9 +13,9 @@ RUN ?= runs/demo
 ENV := $(or $(VENV),$(shell $(PY) -c "import sys; print(sys.prefix)"))
 BIN := $(if $(VENV),$(VENV)/bin,$(shell $(PY) -c "import sysconfig; print(sysconfig.get_path('scripts'))"))
 PYTHON := $(if $(VENV),$(VENV)/bin/python,$(PY))
-# The install is editable: Python files are live, and only what is compiled makes it old.
+# The install is editable: lipfast/ is live; what CMake compiles or copies makes it old.
 READY := $(subst $() ,\ ,$(ENV))/.lipfast
-COMPILED := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/* kernels/*.cu kernels/*.cuh)
+COMPILED := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/* kernels/*)
 
 .PHONY: help demo test lint bench gpu clean
 help:

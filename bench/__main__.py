@@ -38,7 +38,7 @@ def _time_ops(a: argparse.Namespace) -> list[dict]:
     print(ops.HEAD)
     rows = []
     for dtype in a.dtype:
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        floors.set_arithmetic(dtype)
         rate = {} if a.quick else floors.rates(a.device, dtype)
         for name in a.ops or cases.names():
             rows += ops.run(name, a.device, dtype, a.outward, a.repeats, a.quick, rate)

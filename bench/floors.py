@@ -1,6 +1,7 @@
 """The least time that an op can take on a device: its FLOPs and its bytes over what the device can do."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ FLOPS: dict[str, Callable[[Tensor, tuple], int]] = {
     "ball_conv2d": lambda out, args: 2 * out.numel() * args[2][0].numel() + 2 * args[2].numel(),
     "pairwise_distance": lambda out, args: args[0].numel() * args[0].shape[-2],  # symmetric: half of K x K
 }
+
+
+def set_arithmetic(arithmetic: str) -> None:
+    """Whether float32 products on CUDA run in tf32, in matrix products and convolutions alike."""
+    precision = "tf32" if arithmetic == "tf32" else "ieee"
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = precision
+    backends.cudnn.conv.fp32_precision = precision
 
 
 def rates(device: str, arithmetic: str) -> dict[str, float]:

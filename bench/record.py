@@ -51,8 +51,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with a + where files differ from it."""
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") or None
+    """The commit, with a + where files differ from it; None without git or outside of a repository."""
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes else "")

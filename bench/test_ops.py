@@ -13,6 +13,6 @@ CASES = [(name, case) for name in cases.names() for case in cases.tests(name).LA
 def test_forward(benchmark, name, case, what):
     benchmark.group = f"{name} {case}"
     call = cases.call(name, case, "cpu", torch.float32)
-    cases.check_value(call)
+    cases.check_value(call, torch.float32)
     with torch.no_grad():
         benchmark(call.bind(getattr(call, what)), *call.args)

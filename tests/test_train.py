@@ -193,7 +193,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
     [
         ({}, "exists already: resume it"),
         ({"resume": True, "epochs": 4}, "has epochs = 3, got 4"),
-        ({"resume": True, "settings": {"batch_size": 40, "crop": 1, "lr": 0.1}}, r"has lr = 0.002, got 0\.1"),
+        ({"resume": True, "settings": {"batch_size": 40, "crop": 1, "lr": 0.1}}, r"has lr = 0.01, got 0\.1"),
         ({"resume": True, "settings": {"batch_size": 40, "crop": 1, "model": "cnn7"}}, "has model 'cnn_small', got 'cnn7'"),
         ({"resume": True, "limit": 100}, "has images 200, got 100"),
     ],

@@ -51,7 +51,6 @@ print(f'{major}{minor}' + ('a' if (major, minor) == (9, 0) else '') + '-real')")
   # An importable tree, tests beside the package: run from the checkout, they would import its sources without libraries.
   rm -rf "$site" && mkdir -p "$site" || return 1
   tar -c --exclude=./build --exclude=./.git --exclude=./shared --exclude=./bench/results --exclude=./.venv . | tar -x -C "$site" || return 1
-  cp -R kernels "$site/lipfast/kernels" || return 1
   cmake --install build/gpu --prefix "$site" || return 1
   cd "$site" && "$python" -c "
 import lipfast, torch

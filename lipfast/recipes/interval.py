@@ -122,17 +122,17 @@ def _normalises(model: nn.Module) -> bool:
 _MNIST = Interval(
     data="mnist",
     model="cnn_small",
-    epochs=25,
+    epochs=30,
     batch_size=256,
-    lr=1e-3,
-    milestones=(18, 22),
+    lr=6e-3,
+    milestones=(20, 26),
     eps=0.1,
     eps_factor=1.5,
     ramp_length=10,
 )
 _PRESETS = {
     "digits": Interval(
-        data="digits", model="cnn_small", epochs=40, batch_size=64, lr=2e-3, milestones=(30, 36), eps=0.1, ramp_length=20
+        data="digits", model="cnn_small", epochs=40, batch_size=64, lr=1e-2, milestones=(30, 36), eps=0.1, ramp_length=20
     ),
     "mnist": _MNIST,
     "fashion-mnist": dataclasses.replace(_MNIST, data="fashion-mnist"),
