@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -68,15 +68,23 @@ def call(name: str, case: tuple, device: str, dtype: torch.dtype, outward: bool 
 def check(name: str, device: str, dtype: torch.dtype) -> None:
     """The op's own ``test_op`` on all of its own cases, as tests/conftest.py runs it: fresh memory is NaN, one seed."""
     test = tests(name).test_op
-    values = {mark.args[0]: mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"}
-    values["dtype"] = [dtype]
+    choices = [_choices(*mark.args) for mark in test.pytestmark if mark.name == "parametrize"]
     torch.use_deterministic_algorithms(True)
     try:
-        for choice in product(*values.values()):
-            torch.manual_seed(0)
-            test(**dict(zip(values, choice, strict=True)), device=device)
+        for parts in product(*choices):
+            choice = {key: value for part in parts for key, value in part.items()}
+            if choice.get("dtype", dtype) == dtype:
+                torch.manual_seed(0)
+                test(**choice, device=device)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def _choices(names: str | Sequence[str], values: Sequence) -> list[dict[str, Any]]:
+    """One ``parametrize`` mark as the arguments that it gives."""
+    if isinstance(names, str):
+        return [{names: value} for value in values]
+    return [dict(zip(names, value, strict=True)) for value in values]
 
 
 def check_value(c: Call, tolerance: torch.dtype) -> None:

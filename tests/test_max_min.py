@@ -7,14 +7,18 @@ import lipfast.ops.max_min as module
 from lipfast import max_min
 from tests.checks import DTYPES, check_op
 
-CASES = [(3, 6), (2, 4, 3, 5), (1, 2), (0, 4), (2, 0), (2, 2, 7)]
-LARGE = [(256, 64, 32, 32)]
+CASES = [((3, 6),), ((2, 4, 3, 5),), ((1, 2),), ((0, 4),), ((2, 0),), ((2, 2, 7),)]
+LARGE = [((256, 64, 32, 32),)]
+
+
+def inputs(shape, device, dtype):
+    return torch.randn(shape, device=device, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", CASES, ids=str)
-def test_op(shape, dtype, device):
-    check_op(module, (torch.randn(shape, device=device, dtype=dtype),))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_op(case, dtype, device):
+    check_op(module, (inputs(*case, device, dtype),))
 
 
 def test_sorts_channel_c_with_channel_c_plus_half(device):
