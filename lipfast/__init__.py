@@ -7,10 +7,14 @@ from lipfast.ops.ball_conv2d import ball_conv2d
 from lipfast.ops.ball_linear import ball_linear
 from lipfast.ops.certified_radius import certified_radius
 from lipfast.ops.clipped_relu import clipped_relu
+from lipfast.ops.conv2d_norm_bound import conv2d_norm_bound
+from lipfast.ops.conv2d_norm_estimate import conv2d_norm_estimate
 from lipfast.ops.interval_conv2d import interval_conv2d
 from lipfast.ops.interval_linear import interval_linear
 from lipfast.ops.max_min import max_min
 from lipfast.ops.pairwise_distance import pairwise_distance
+from lipfast.ops.spectral_norm_bound import spectral_norm_bound
+from lipfast.ops.spectral_norm_estimate import spectral_norm_estimate
 from lipfast.train import train
 
 loaded = load()
@@ -22,10 +26,14 @@ __all__ = [
     "certified_radius",
     "certify",
     "clipped_relu",
+    "conv2d_norm_bound",
+    "conv2d_norm_estimate",
     "interval_conv2d",
     "interval_linear",
     "loaded",
     "max_min",
     "pairwise_distance",
+    "spectral_norm_bound",
+    "spectral_norm_estimate",
     "train",
 ]

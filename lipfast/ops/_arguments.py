@@ -34,5 +34,29 @@ def check_shape(op: str, name: str, t: Tensor, expected: Sequence[int | str | No
         raise ValueError(f"{op}: {name} must be ({text}), got {tuple(t.shape)}")
 
 
+def check_mask(op: str, name: str, mask: Tensor | None, like: Tensor, expected: Sequence[int | str | None]) -> None:
+    """A bool tensor of the expected shape on ``like``'s device; None is no mask."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"{op}: {name} must be a bool tensor, got {_kind(mask)}")
+    if mask.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {mask.device}")
+    check_shape(op, name, mask, expected)
+
+
+def check_leading(op: str, **sizes: Sequence[int] | None) -> None:
+    """Each argument's leading sizes broadcast with those before it."""
+    lead: list[int] = []
+    for name, own in sizes.items():
+        if own is None:
+            continue
+        length = max(len(lead), len(own))
+        old, new = ([1] * (length - len(s)) + list(s) for s in (lead, own))
+        if any(a != b and 1 not in (a, b) for a, b in zip(old, new, strict=True)):
+            raise ValueError(f"{op}: {name} must have leading sizes that broadcast with {tuple(lead)}, got {tuple(own)}")
+        lead = [b if a == 1 else a for a, b in zip(old, new, strict=True)]
+
+
 def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
