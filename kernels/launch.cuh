@@ -1,5 +1,5 @@
-// What every launcher needs: the caller's stream, a grid size, a check that the launch took, the dtypes, and a
-// reduction over the lanes of a warp.
+// What every launcher needs: the caller's stream, a grid size, a check that the launch took, the dtypes, a maximum that
+// keeps NaN, and a reduction over the lanes of a warp.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -88,6 +88,13 @@ template <typename T>
 __device__ wide_t<T> widen(T x) {
   return static_cast<wide_t<T>>(x);
 }
+
+__device__ inline float larger(float a, float b) {  // NaN if either is
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+__device__ inline double larger(double a, double b) { return b > a || b != b ? b : a; }
 
 // Joins the values of `width` neighbouring lanes, a power of two. Every lane of the warp must come here.
 template <typename T, typename F>

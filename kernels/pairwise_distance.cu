@@ -18,13 +18,6 @@ struct alignas(16) Pack {  // what one load moves
   W at[kSize];
 };
 
-__device__ float larger(float a, float b) {  // NaN if either is
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-__device__ double larger(double a, double b) { return b > a || b != b ? b : a; }
-
 template <int kNorm, typename W>
 __device__ W extend(W sum, W difference) {
   if constexpr (kNorm == 1) return sum + fabs(difference);

@@ -7,17 +7,18 @@ import lipfast.ops.spectral_norm_estimate as module
 from lipfast import spectral_norm_estimate
 from tests.checks import DTYPES, TOLERANCE, assert_near, check_op
 
-#        leading sizes of weight, input mask, output mask and start (None: absent), O, I, iterations
+#        leading sizes of weight, input mask, output mask and start (None: absent), O, I, options
 CASES = [
-    ((), None, None, None, 5, 4, 10),
-    ((), (3,), (3,), (), 17, 33, 4),
-    ((), (2, 1), (3,), (2, 3), 9, 7, 3),
-    ((3,), None, (2, 1), None, 6, 11, 3),
-    ((2,), None, None, (2,), 8, 8, 0),
-    ((), (4,), None, None, 1, 1, 2),
-    ((), (0,), None, None, 5, 4, 2),
-    ((), (3,), (3,), None, 0, 4, 2),
-    ((2,), None, None, None, 4, 0, 2),
+    ((), (3,), (3,), (), 17, 33, {"iterations": 4}),
+    ((), None, None, None, 5, 4, {"iterations": 10}),
+    ((), (2, 1), (3,), (2, 3), 9, 7, {"iterations": 3}),
+    ((3,), None, (2, 1), None, 6, 11, {"iterations": 3}),
+    ((2,), None, None, (2,), 8, 8, {"iterations": 0}),
+    ((), (200,), (200,), (), 41, 70, {"iterations": 1}),
+    ((), (4,), None, None, 1, 1, {"iterations": 2}),
+    ((), (0,), None, None, 5, 4, {"iterations": 2}),
+    ((), (3,), (3,), None, 0, 4, {"iterations": 2}),
+    ((2,), None, None, None, 4, 0, {"iterations": 2}),
 ]
 LARGE = [
     ((), (256,), (256,), (), 512, 512, {"iterations": 5}),
@@ -53,8 +54,8 @@ def masked(weight, input_mask=None, output_mask=None):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_op(case, dtype, device):
     args = inputs(*case[:-1], device, dtype)
-    check_op(VECTORS, args, gradient=False, iterations=case[-1])
-    check_op(SIGMA, args, iterations=case[-1])
+    check_op(VECTORS, args, gradient=False, **case[-1])
+    check_op(SIGMA, args, **case[-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

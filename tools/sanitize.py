@@ -21,6 +21,6 @@ torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
 for op in sorted(p.stem for p in (ROOT / "kernels").glob("*.cu")):
     made = [(case, dtype) for case in cases.tests(op).CASES for dtype in DTYPES]
     for case, dtype in made:
-        cases.check_value(cases.call(op, case, "cuda", dtype))
+        cases.check_value(cases.call(op, case, "cuda", dtype), dtype)
     torch.cuda.synchronize()
     print(f"{op}: {len(made)} cases")

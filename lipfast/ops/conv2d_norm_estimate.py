@@ -175,14 +175,17 @@ def fake(weight, input_mask, output_mask, start, input_size, stride, padding, di
 
 def save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(inputs[0], *output[1:])
+    ctx.save_for_backward(inputs[0], inputs[2], output[2])
     ctx.where = inputs[5:9]
 
 
 def backward(ctx, grad, _left, _right):
-    weight, left, right = ctx.saved_tensors
+    weight, output_mask, right = ctx.saved_tensors
+    wide = weight.to(right.dtype)
+    with torch.no_grad():  # left again: to keep it would take as much memory as the layer's output
+        left = _unit(_masked(_convolve(right, wide, *ctx.where), output_mask))
     flow = grad.to(left.dtype).reshape(-1, 1, 1, 1) * left
-    return _gradients(False, flow, right, weight.to(left.dtype), *ctx.where).to(weight.dtype), *[None] * 9
+    return _gradients(False, flow, right, wide, *ctx.where).to(weight.dtype), *[None] * 9
 
 
 _op = torch.library.custom_op("lipfast::conv2d_norm_estimate", reference, mutates_args=())
