@@ -4,7 +4,10 @@
 
 - "relu";
 - "max_min": :class:`lipfast.nn.MaxMin`;
-- "clipped_relu": :class:`lipfast.nn.ClippedReLU` with one learnable threshold per unit.
+- "clipped_relu": :class:`lipfast.nn.ClippedReLU` with one learnable threshold per unit;
+- "clipped_max_min": :class:`lipfast.nn.ClippedMaxMin` with two learnable thresholds per pair of units.
+
+Thresholds start at 1 (and -1) unless a network says otherwise; where it does, as in Local-Lip's code.
 
 GloRo, Local-Lip, CRM: Leino et al. 2021 (https://arxiv.org/abs/2102.08452), Huang et al. 2021
 (https://arxiv.org/abs/2111.01395), Fazlyab et al. 2023 (https://arxiv.org/abs/2310.00116). CNN-B, ConvBig, ConvHuge and
@@ -12,19 +15,22 @@ ResNet4B: Chen et al. 2022 (https://arxiv.org/abs/2206.07839), where ConvHuge is
 """
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise, repeat
 
 from torch import Tensor, nn
 
-from lipfast.nn import ClippedReLU, MaxMin
+from lipfast.nn import ClippedMaxMin, ClippedReLU, MaxMin
 
 Shape = tuple[int, int, int]  # C, H, W
-_ACTIVATIONS: dict[str, Callable[[Sequence[int], float], nn.Module]] = {
-    "relu": lambda shape, threshold: nn.ReLU(),
-    "max_min": lambda shape, threshold: MaxMin(),
-    "clipped_relu": lambda shape, threshold: ClippedReLU(threshold, shape, learnable=True),
+Thresholds = tuple[float, float]  # lower, upper: where those of one activation start
+_ACTIVATIONS: dict[str, Callable[[Sequence[int], Thresholds], nn.Module]] = {
+    "relu": lambda shape, start: nn.ReLU(),
+    "max_min": lambda shape, start: MaxMin(),
+    "clipped_relu": lambda shape, start: ClippedReLU(start[1], shape, learnable=True),
+    "clipped_max_min": lambda shape, start: ClippedMaxMin(start[1], start[0], shape, learnable=True),
 }
+_ONE = repeat((-1.0, 1.0))  # an endless iterator that is always the same
 _FOUR_CONVOLUTIONS = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
 
 
@@ -39,21 +45,27 @@ def cifar_4c3f(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = 
 
 
 def cifar_6c2f(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
-    """6C2F for CIFAR-10 (GloRo, Local-Lip), 2.25 million parameters; thresholds start at 2. CRM's is :func:`crm_6c2f`."""
+    """6C2F for CIFAR-10 (GloRo, Local-Lip), 2.25 million parameters. CRM's is :func:`crm_6c2f`.
+
+    Thresholds of the clipped ReLU start at 2, those of the clipped MaxMin between 0.1 and 1.2.
+    """
     convs = [(32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
-    return _stack(shape, convs, [512, classes], activation, threshold=2.0)
+    pairs = [(-0.1, 0.1), (-0.15, 0.1), (-0.15, 0.15), (-0.15, 0.15), (-0.2, 0.2), (-0.3, 0.3), (-1.2, 1.2)]
+    return _stack(shape, convs, [512, classes], activation, pairs if activation == "clipped_max_min" else repeat((-2.0, 2.0)))
 
 
 def crm_6c2f(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
     """What CRM's code calls 6C2F: three strided convolutions and 0.73 million parameters."""
     convs = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
-    return _stack(shape, convs, [512, classes], activation, threshold=2.0)
+    return _stack(shape, convs, [512, classes], activation, repeat((-2.0, 2.0)))
 
 
 def tiny_8c2f(shape: Shape = (3, 64, 64), classes: int = 200, activation: str = "relu") -> nn.Sequential:
-    """8C2F for Tiny-ImageNet (Local-Lip)."""
+    """8C2F for Tiny-ImageNet (Local-Lip). Thresholds of the clipped MaxMin start between 0.8 and 3."""
     convs = [(64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)]
-    return _stack(shape, [*convs, (256, 3, 1, 1), (256, 4, 2, 0)], [256, classes], activation)
+    convs += [(256, 3, 1, 1), (256, 4, 2, 0)]
+    pairs = [(-upper, upper) for upper in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)]
+    return _stack(shape, convs, [256, classes], activation, pairs if activation == "clipped_max_min" else _ONE)
 
 
 def cnn_b(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
@@ -93,7 +105,7 @@ def mlp(sizes: Sequence[int] = (784, 200, 200, 200, 200, 200, 200, 200, 10), act
     """Linear layers of those sizes, input and classes included; by default the 8 x 200 network for MNIST."""
     if len(sizes) < 2:
         raise ValueError(f"mlp: sizes must name at least the input and the classes, got {sizes}")
-    return nn.Sequential(nn.Flatten(), *_linear(sizes, activation, 1.0, False))
+    return nn.Sequential(nn.Flatten(), *_linear(sizes, activation, _ONE, False))
 
 
 def resnet2b(shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Sequential:
@@ -141,7 +153,7 @@ def _resnet(shape: Shape, stem: int, blocks: Sequence[tuple[int, int]], classes:
     for width, stride in blocks:
         layers.append(ResidualBlock(C, width, stride))
         C, H, W = (width, H, W) if stride == 1 else (width, _halved(H), _halved(W))
-    return nn.Sequential(*layers, nn.Flatten(), *_linear([C * H * W, 100, classes], "relu", 1.0, False))
+    return nn.Sequential(*layers, nn.Flatten(), *_linear([C * H * W, 100, classes], "relu", _ONE, False))
 
 
 def _halved(pixels: int) -> int:
@@ -153,11 +165,12 @@ def _stack(
     convs: Sequence[tuple[int, int, int, int]],  # channels, kernel, stride, padding
     widths: Sequence[int],  # of the linear layers, the classes last
     activation: str,
-    threshold: float = 1.0,
+    starts: Iterable[Thresholds] = _ONE,  # for each activation
     batch_norm: bool = False,
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     C, H, W = shape
+    starts = iter(starts)
     for channels, kernel, stride, padding in convs:
         layers.append(nn.Conv2d(C, channels, kernel, stride, padding))
         C, H, W = channels, *((n + 2 * padding - kernel) // stride + 1 for n in (H, W))
@@ -165,21 +178,21 @@ def _stack(
             raise ValueError(f"models: images of {shape[1]} x {shape[2]} pixels are too small for this network")
         if batch_norm:
             layers.append(nn.BatchNorm2d(C))
-        layers.append(_activation(activation, (C, H, W), threshold))
-    return nn.Sequential(*layers, nn.Flatten(), *_linear([math.prod((C, H, W)), *widths], activation, threshold, batch_norm))
+        layers.append(_activation(activation, (C, H, W), next(starts)))
+    return nn.Sequential(*layers, nn.Flatten(), *_linear([math.prod((C, H, W)), *widths], activation, starts, batch_norm))
 
 
-def _linear(sizes: Sequence[int], activation: str, threshold: float, batch_norm: bool) -> list[nn.Module]:
+def _linear(sizes: Sequence[int], activation: str, starts: Iterable[Thresholds], batch_norm: bool) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for n_in, n_out in pairwise(sizes[:-1]):
+    for (n_in, n_out), start in zip(pairwise(sizes[:-1]), starts, strict=False):
         layers.append(nn.Linear(n_in, n_out))
         if batch_norm:
             layers.append(nn.BatchNorm1d(n_out))
-        layers.append(_activation(activation, (n_out,), threshold))
+        layers.append(_activation(activation, (n_out,), start))
     return [*layers, nn.Linear(sizes[-2], sizes[-1])]
 
 
-def _activation(name: str, shape: Sequence[int], threshold: float) -> nn.Module:
+def _activation(name: str, shape: Sequence[int], start: Thresholds) -> nn.Module:
     if name not in _ACTIVATIONS:
         raise ValueError(f"models: activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
-    return _ACTIVATIONS[name](shape, threshold)
+    return _ACTIVATIONS[name](shape, start)

@@ -73,3 +73,14 @@ def images(name: str, count: int) -> torch.Tensor:
         pytest.skip("no MNIST test images: set LIPFAST_TEST_DATA")
     pixels = np.frombuffer(gzip.open(path).read()[16:], np.uint8)[: count * 784]
     return torch.from_numpy(pixels.reshape(-1, 1, 28, 28).copy()).float() / 255
+
+
+def jacobian(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """The matrix of an affine model, in float64; the model's parameters become float64."""
+    found = torch.autograd.functional.jacobian(model.double(), torch.zeros(1, *shape, dtype=torch.float64))
+    return found.reshape(-1, int(np.prod(shape)))
+
+
+def svd_slack(norm: torch.Tensor) -> torch.Tensor:
+    """More than what LAPACK's singular values of the small matrices of the tests err."""
+    return 1e-12 * norm

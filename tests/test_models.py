@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lipfast import models
-from lipfast.nn import ClippedReLU, MaxMin
+from lipfast.nn import ClippedMaxMin, ClippedReLU, MaxMin
 
 # Millions of parameters in the papers' tables and released code; inputs and classes that they use.
 PUBLISHED = {
@@ -59,13 +59,30 @@ def test_has_the_published_number_of_neurons(name, neurons):
 
 
 @pytest.mark.parametrize("name", WITH_ACTIVATIONS)
-@pytest.mark.parametrize(("activation", "kind"), [("max_min", MaxMin), ("clipped_relu", ClippedReLU)])
+@pytest.mark.parametrize(
+    ("activation", "kind"), [("max_min", MaxMin), ("clipped_relu", ClippedReLU), ("clipped_max_min", ClippedMaxMin)]
+)
 def test_takes_other_activations(name, activation, kind):
     x = torch.rand(1, *PUBLISHED[name][1])
     model = models.build(name, activation=activation)
     assert units(model, x, kind) == units(models.build(name), x, nn.ReLU)
-    if kind is ClippedReLU:  # one threshold per unit
+    if kind is not MaxMin:  # one threshold per unit
         assert count(model) == count(models.build(name)) + units(model, x, kind)
+
+
+def test_thresholds_start_where_the_papers_say():
+    starts = lambda name, kind: [
+        tuple(round(float(t.unique()), 3) for t in m.state_dict().values())
+        for m in models.build(name, activation=kind)
+        if isinstance(m, (ClippedReLU, ClippedMaxMin))
+    ]
+    assert starts("mnist_4c3f", "clipped_relu") == starts("cifar_4c3f", "clipped_relu") == [(1.0,)] * 6
+    assert starts("cifar_6c2f", "clipped_relu") == [(2.0,)] * 7
+    assert starts("tiny_8c2f", "clipped_relu") == [(1.0,)] * 9
+    upper = [0.1, 0.1, 0.15, 0.15, 0.2, 0.3, 1.2]
+    assert starts("cifar_6c2f", "clipped_max_min") == [(u, -0.15 if i == 1 else -u) for i, u in enumerate(upper)]
+    upper = [0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6]
+    assert starts("tiny_8c2f", "clipped_max_min") == [(u, -u) for u in upper]
 
 
 @pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"mlp"}))
@@ -103,7 +120,7 @@ def test_a_checkpoint_fits_the_model_built_again():
 def test_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"build: name must be one of cifar_4c3f.*got 'cnn8'"):
         models.build("cnn8")
-    with pytest.raises(ValueError, match="activation must be one of relu, max_min, clipped_relu, got 'tanh'"):
+    with pytest.raises(ValueError, match="activation must be one of relu, max_min, clipped_relu, clipped_max_min, got 'tanh'"):
         models.cifar_6c2f(activation="tanh")
     with pytest.raises(ValueError, match="images of 3 x 3 pixels are too small"):
         models.cnn_small((1, 3, 3))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lipfast import clipped_relu, max_min
-from lipfast.nn import ClippedReLU, MaxMin, Normalize
+from lipfast.nn import ClippedMaxMin, ClippedReLU, MaxMin, Normalize
 
 
 def test_layers_are_their_ops(device):
@@ -47,6 +47,46 @@ def test_normalize_is_per_channel(device):
     for c in range(3):
         torch.testing.assert_close(out[:, c], torch.full((2, 4, 5), (0.5 - mean[c]) / std[c], device=device))
     assert list(layer.state_dict()) == ["mean", "std"]
+
+
+def test_clipped_max_min_sorts_and_clips(device):
+    upper, lower = torch.rand(3, 2, 2, device=device), -torch.rand(3, 2, 2, device=device)
+    x = torch.randn(5, 6, 2, 2, device=device)
+    out = ClippedMaxMin(upper, lower).to(device)(x)
+    for c in range(3):
+        pair = torch.stack((x[:, c], x[:, c + 3]))
+        assert torch.equal(out[:, c], torch.minimum(pair.amax(0), upper[c]))
+        assert torch.equal(out[:, c + 3], torch.maximum(pair.amin(0), lower[c]))
+    y = x + 1e-2 * torch.randn_like(x)
+    layer = ClippedMaxMin(0.3, -0.1)
+    for p in (1, 2, math.inf):
+        assert ((layer(x) - layer(y)).flatten(1).norm(p, 1) <= (x - y).flatten(1).norm(p, 1)).all()
+
+
+def test_clipped_max_min_has_a_pair_of_thresholds_per_pair_of_units(device):
+    layer = ClippedMaxMin(0.5, shape=(4, 3, 3), learnable=True).to(device)
+    assert layer.upper.unique().tolist() == [0.5]
+    assert layer.lower.unique().tolist() == [-0.5]
+    x = torch.full((2, 4, 3, 3), 2.0, device=device)
+    x[:, 2:] = -3
+    x.requires_grad_()
+    layer(x).sum().backward()  # both of every pair are clipped
+    assert torch.equal(layer.upper.grad, torch.full((2, 3, 3), 2.0, device=device))
+    assert torch.equal(layer.lower.grad, torch.full((2, 3, 3), 2.0, device=device))
+    assert not x.grad.any()
+    assert sorted(ClippedMaxMin(torch.ones(2)).state_dict()) == ["lower", "upper"]
+    assert not list(ClippedMaxMin().parameters())
+
+
+def test_clipped_max_min_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="ClippedMaxMin: upper must be a number"):
+        ClippedMaxMin(math.nan)
+    with pytest.raises(ValueError, match="ClippedMaxMin: lower must be a number"):
+        ClippedMaxMin(1.0, math.nan)
+    with pytest.raises(ValueError, match=r"ClippedMaxMin: shape must be \(C, ...\) with C even, got \(3, 2, 2\)"):
+        ClippedMaxMin(shape=(3, 2, 2))
+    with pytest.raises(ValueError, match="max_min: x must be"):
+        ClippedMaxMin()(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(("mean", "std"), [([0.1, 0.2], [1.0]), ([0.1], [0.0]), ([0.1], [math.nan]), (0.1, 1.0)])

@@ -1,6 +1,21 @@
 """What can be said about a whole network over a set of inputs."""
 
 from lipfast.bounds.interval import Boxes, interval, interval_margin
+from lipfast.bounds.lipschitz import lipschitz
+from lipfast.bounds.local import Local, local, local_lipschitz
 from lipfast.bounds.network import Network, read
+from lipfast.bounds.norms import Norms, norms
 
-__all__ = ["Boxes", "Network", "interval", "interval_margin", "read"]
+__all__ = [
+    "Boxes",
+    "Local",
+    "Network",
+    "Norms",
+    "interval",
+    "interval_margin",
+    "lipschitz",
+    "local",
+    "local_lipschitz",
+    "norms",
+    "read",
+]

@@ -74,7 +74,7 @@ def _(layer: Scale, box: Box, *, kind: str) -> Box:
         low, high = torch.where(factor >= 0, low * factor, high * factor), torch.where(factor >= 0, high * factor, low * factor)
     if offset is not None:
         low, high = low + offset.to(low.dtype), high + offset.to(low.dtype)
-    if kind == "bound":  # shift, factor and offset are themselves rounded to the dtype: 8 eps covers all of it
+    if kind == "bound":  # shift, factor and offset are themselves rounded, to the dtype or better: 8 eps covers all of it
         size = torch.maximum(lower.abs(), upper.abs())
         size = size if shift is None else size + shift.to(low.dtype).abs()
         size = size if factor is None else size * factor.abs()

@@ -78,16 +78,16 @@ for _kind in _PADDINGS:
 def _(module, name: str) -> list[Layer]:
     if module.training or module.running_mean is None:
         raise ValueError(f"layer {name!r}: batch norm has bounds in eval mode with running statistics only; call model.eval()")
-    factor = (module.running_var + module.eps).rsqrt()
+    factor = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
-        factor = factor * module.weight
+        factor = factor * module.weight.double()
     column = lambda t: None if t is None else t[:, None, None] if isinstance(module, nn.BatchNorm2d) else t
     return [Scale(column(module.running_mean), column(factor), column(module.bias))]
 
 
 @of_module.register
 def _(module: lipfast.nn.Normalize, name: str) -> list[Layer]:
-    return [Scale(module.mean, 1 / module.std)]
+    return [Scale(module.mean, 1 / module.std.double())]
 
 
 @of_module.register(nn.Dropout)
@@ -162,20 +162,28 @@ def _(module: lipfast.nn.MaxMin, name: str) -> list[Layer]:
 
 
 @of_module.register
+def _(module: lipfast.nn.ClippedMaxMin, name: str) -> list[Layer]:
+    if module.upper.ndim == 0:
+        raise Unsupported(name, "ClippedMaxMin with one threshold for all units (give it the shape of a sample)")
+    low = torch.cat([torch.full_like(module.upper, -math.inf), module.lower])
+    high = torch.cat([module.upper, torch.full_like(module.lower, math.inf)])
+    return [MaxMin(), Elementwise("clip", lambda x: x.clamp(low, high), (0.0, 1.0), kinks=(low, high), pieces=(0.0, 1.0, 0.0))]
+
+
+@of_module.register
 def _(module: lipfast.nn.ClippedReLU, name: str) -> list[Layer]:
     return [_clipped(module.threshold)]
 
 
 def _clipped(threshold) -> Layer:
-    return Elementwise(
-        "clipped_relu", lambda x: clipped_relu(x, torch.as_tensor(threshold, dtype=x.dtype, device=x.device)), (0.0, 1.0)
-    )
+    function = lambda x: clipped_relu(x, torch.as_tensor(threshold, dtype=x.dtype, device=x.device))
+    return Elementwise("clipped_relu", function, (0.0, 1.0), kinks=(0.0, threshold), pieces=(0.0, 1.0, 0.0))
 
 
 def _leaky(slope: float) -> Layer:
-    if slope < 0:
-        return Elementwise("leaky_relu", partial(F.leaky_relu, negative_slope=slope), (slope, 1.0), (0.0, 0.0, 0.0), error=1)
-    return Elementwise("leaky_relu", partial(F.leaky_relu, negative_slope=slope), (min(slope, 1.0), max(slope, 1.0)), error=1)
+    function, slopes = partial(F.leaky_relu, negative_slope=slope), (min(slope, 1.0), max(slope, 1.0))
+    least = (0.0, 0.0, 0.0) if slope < 0 else None
+    return Elementwise("leaky_relu", function, slopes, least, error=1, kinks=(0.0,), pieces=(slope, 1.0))
 
 
 def _elu(alpha: float, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -187,9 +195,16 @@ _SMOOTH = 16.0  # spacings: more than any of torch's implementations errs, again
 # GELU and SiLU: extrema of the derivative; the minimum of GELU lies near -0.752, that of SiLU near -1.2785. All rounded
 # outward.
 _ELEMENTWISE: dict[type, Callable[..., Layer]] = {
-    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0)),
-    nn.ReLU6: lambda m: Elementwise("relu6", F.relu6, (0.0, 1.0)),
-    nn.Hardtanh: lambda m: Elementwise("hardtanh", lambda x: x.clamp(m.min_val, m.max_val), (0.0, 1.0), error=1),
+    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0), kinks=(0.0,), pieces=(0.0, 1.0)),
+    nn.ReLU6: lambda m: Elementwise("relu6", F.relu6, (0.0, 1.0), kinks=(0.0, 6.0), pieces=(0.0, 1.0, 0.0)),
+    nn.Hardtanh: lambda m: Elementwise(
+        "hardtanh",
+        lambda x: x.clamp(m.min_val, m.max_val),
+        (0.0, 1.0),
+        error=1,
+        kinks=(m.min_val, m.max_val),
+        pieces=(0.0, 1.0, 0.0),
+    ),
     nn.LeakyReLU: lambda m: _leaky(m.negative_slope),
     nn.ELU: lambda m: Elementwise("elu", _elu(m.alpha), (0.0, max(1.0, m.alpha)), error=_SMOOTH * max(1.0, m.alpha)),
     nn.CELU: lambda m: Elementwise("celu", partial(F.celu, alpha=m.alpha), (0.0, 1.0), error=_SMOOTH * max(1.0, m.alpha)),
@@ -235,7 +250,7 @@ def of_function(function, name: str, args: tuple, kwargs: dict, shape: tuple[int
     if function in (F.linear, F.conv1d, F.conv2d):
         return _affine_function(function, args, kwargs)
     if function in (torch.abs, "abs", abs, operator.abs):
-        return [Elementwise("abs", torch.abs, (-1.0, 1.0), (0.0, 0.0, 0.0))]
+        return [Elementwise("abs", torch.abs, (-1.0, 1.0), (0.0, 0.0, 0.0), kinks=(0.0,), pieces=(-1.0, 1.0))]
     if function in (torch.neg, "neg", operator.neg):
         return [Scale(factor=torch.tensor(-1.0))]
     if function is clipped_relu:

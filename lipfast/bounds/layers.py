@@ -1,7 +1,9 @@
 """The maps that a network is made of, as data. What each means for an analysis is said in that analysis."""
 
+import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ class Conv(Layer):
 
 @dataclass(frozen=True)
 class Scale(Layer):
-    """(x - shift) * factor + offset, each a tensor that broadcasts against a batch."""
+    """(x - shift) * factor + offset, each a tensor that broadcasts against a batch, rounded at most to its own dtype."""
 
     shift: Tensor | None = None
     factor: Tensor | None = None
@@ -108,6 +110,8 @@ class Elementwise(Layer):
             it is reached; None if it never falls.
         error: the computed value is within ``error * eps * (1 + |x| + |f(x)|)`` of the exact one; 0 if it is exact.
         jump: what its implementation adds to that in absolute terms.
+        kinks, pieces: of a piecewise linear function the places, ascending, where its slope changes (numbers or tensors
+            that broadcast against a batch), and the slopes before, between and after them; both empty if it is curved.
     """
 
     name: str
@@ -116,11 +120,47 @@ class Elementwise(Layer):
     least: tuple[float, float, float] | None = None
     error: float = 0.0
     jump: float = 0.0
+    kinks: tuple[float | Tensor, ...] = ()
+    pieces: tuple[float, ...] = ()
+
+    def constant_on(self, lower: Tensor, upper: Tensor) -> Tensor | None:
+        """Which entries do not change within their box; None if the function is constant nowhere. False where NaN."""
+        constant = None
+        edges = (-math.inf, *self.kinks, math.inf)
+        for slope, left, right in zip(self.pieces, edges, edges[1:], strict=False):
+            if slope == 0:
+                sides = [lower >= left] * (left is not edges[0]) + [upper <= right] * (right is not edges[-1])
+                inside = functools.reduce(torch.logical_and, sides)
+                constant = inside if constant is None else constant | inside
+        return constant
+
+    def slopes_on(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and greatest slope of each entry within its box; a box with NaN or Inf leaves every slope possible."""
+        least, greatest = (torch.full_like(lower, slope) for slope in self.slopes)
+        if not self.pieces:
+            return least, greatest
+        low, high = torch.full_like(lower, math.inf), torch.full_like(lower, -math.inf)
+        edges = (-math.inf, *self.kinks, math.inf)
+        for slope, left, right in zip(self.pieces, edges, edges[1:], strict=False):
+            misses = (lower >= right) | (upper <= left)  # so NaN misses nothing
+            low, high = torch.where(misses, low, low.clamp(max=slope)), torch.where(misses, high, high.clamp(min=slope))
+        known = low <= high
+        return torch.where(known, low, least), torch.where(known, high, greatest)
 
 
 @dataclass(frozen=True)
 class MaxMin(Layer):
     """Channels c and c + C/2 become their maximum and minimum."""
+
+    def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+
+def widened(layer: Layer) -> Layer:
+    """The same map with float64 weights; the others follow the dtype of what they are given."""
+    if not isinstance(layer, (Linear, Conv)):
+        return layer
+    return replace(layer, weight=layer.weight.double(), bias=None if layer.bias is None else layer.bias.double())
 
 
 class Unsupported(ValueError):

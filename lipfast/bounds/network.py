@@ -192,7 +192,7 @@ def _product(model, fx, name, place) -> Layer:
     if (left in place) == (right in place) or (_PRODUCTS[fx.target] < 0 and right in place):
         raise Unsupported(name, "a product or quotient of two values that both depend on the input")
     factor = _constant(model, right if left in place else left)
-    return Scale(factor=1 / factor if _PRODUCTS[fx.target] < 0 else factor)
+    return Scale(factor=1 / factor.double() if _PRODUCTS[fx.target] < 0 else factor)
 
 
 def _constant(model: nn.Module, value) -> Tensor:
@@ -202,4 +202,4 @@ def _constant(model: nn.Module, value) -> Tensor:
             raise Unsupported(str(value.name), "a value computed from parameters inside forward")
         *path, last = str(value.target).split(".")
         return getattr(model.get_submodule(".".join(path)), last)
-    return torch.as_tensor(value)
+    return torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)

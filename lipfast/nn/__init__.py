@@ -1,7 +1,8 @@
 """Layers made of lipfast's ops."""
 
+from lipfast.nn.clipped_max_min import ClippedMaxMin
 from lipfast.nn.clipped_relu import ClippedReLU
 from lipfast.nn.max_min import MaxMin
 from lipfast.nn.normalize import Normalize
 
-__all__ = ["ClippedReLU", "MaxMin", "Normalize"]
+__all__ = ["ClippedMaxMin", "ClippedReLU", "MaxMin", "Normalize"]

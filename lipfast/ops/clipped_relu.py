@@ -3,14 +3,15 @@
 Both ends of its range are constant, so a certificate can drop the units that stay there (Huang et al. 2021,
 https://arxiv.org/abs/2111.01395, section 4). 1-Lipschitz in x and in the threshold.
 
-The operator is a composition of torch's own (torch.compile fuses it with its neighbours, autograd differentiates it any
-number of times), so this file needs no fake, save or backward.
+The operator is a composition of torch's own (torch.compile fuses it with its neighbours), so this file needs no fake; its
+derivative is :mod:`lipfast.ops._clip`'s, and ``reference`` the definition.
 """
 
 import torch
 from torch import Tensor
 
 from lipfast.ops._arguments import check_alike
+from lipfast.ops._clip import clip
 
 
 def clipped_relu(
@@ -45,4 +46,6 @@ def reference(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 torch.library.define("lipfast::clipped_relu", torch.library.infer_schema(reference, mutates_args=()))
-torch.library.impl("lipfast::clipped_relu", "CompositeImplicitAutograd", reference)
+torch.library.impl(
+    "lipfast::clipped_relu", "CompositeImplicitAutograd", lambda x, threshold: clip(x, threshold.new_zeros(()), threshold)
+)

@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lipfast.nn
+from lipfast import models
+from lipfast.bounds import lipschitz, norms
+
+
+def small_networks():
+    """One for every activation and connection, with the shape of a sample."""
+    torch.manual_seed(0)
+    grid = (2, 6, 6)
+    conv = lambda *after: nn.Sequential(nn.Conv2d(2, 4, 3, 1, 1), *after)
+    head = lambda n: (nn.Flatten(), nn.Linear(n, 8), nn.ReLU(), nn.Linear(8, 3))
+    bn = nn.BatchNorm2d(4).eval()
+    nn.init.normal_(bn.weight), nn.init.normal_(bn.running_mean)
+    return {
+        "mlp": (models.mlp((5, 16, 16, 3)), (5,)),
+        "clipped": (models.mlp((5, 16, 16, 3), "clipped_relu"), (5,)),
+        "max_min": (models.mlp((5, 16, 16, 3), "max_min"), (5,)),
+        "clipped_max_min": (conv(lipfast.nn.ClippedMaxMin(0.2, shape=(4, 6, 6)), *head(144)), grid),
+        "leaky": (nn.Sequential(nn.Linear(5, 16), nn.LeakyReLU(0.2), nn.Linear(16, 3)), (5,)),
+        "silu": (nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 3)), (5,)),
+        "abs": (_Abs(), (5,)),
+        "conv": (conv(nn.ReLU(), nn.Conv2d(4, 4, 4, 2, 1), nn.ReLU(), *head(36)), grid),
+        "normalised": (nn.Sequential(lipfast.nn.Normalize([0.1, 0.2], [0.3, 2.0]), conv(nn.ReLU(), *head(144))), grid),
+        "batch norm": (conv(bn, nn.ReLU(), *head(144)), grid),
+        "average pool": (conv(nn.ReLU(), nn.AvgPool2d(3, 2, 1), *head(36)), grid),
+        "max pool": (conv(nn.MaxPool2d(2), *head(36)), grid),
+        "l2 pool": (conv(nn.LPPool2d(2, 2), *head(36)), grid),
+        "circular": (nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), nn.ReLU(), *head(144)), grid),
+        "residual": (models.resnet2b((2, 8, 8), 3), (2, 8, 8)),
+        "no last layer": (conv(nn.ReLU(), nn.Flatten(), nn.Linear(144, 3), nn.ReLU()), grid),
+    }
+
+
+class _Abs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.last(torch.abs(self.first(x)))
+
+
+def steepest(model, x, radius):
+    """The largest change of each difference of two logits, per length, between points within ``radius`` of x: (B, K, K)."""
+    best = torch.zeros(())
+    for scale in (1e-4, 0.1, 1.0):
+        a, b = (x + _inside(x, scale * radius) for _ in range(2))
+        apart = (a - b).flatten(1).norm(dim=1)[:, None, None]
+        z = model(a) - model(b)
+        best = torch.maximum(best, (z[:, :, None] - z[:, None, :]).abs() / apart)
+    gradients = torch.autograd.functional.jacobian(lambda v: model(v).sum(0), x).flatten(2).transpose(0, 1)  # (B, K, I)
+    return torch.maximum(best, (gradients[:, :, None] - gradients[:, None, :]).norm(dim=-1))
+
+
+def _inside(x, radius):
+    d = torch.randn_like(x).flatten(1)
+    return (radius * d / d.norm(dim=1, keepdim=True) * torch.rand(len(x), 1, dtype=x.dtype)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", list(small_networks()))
+def test_no_slope_exceeds_the_bound(name):
+    model, shape = small_networks()[name]
+    bound = lipschitz(model, shape)
+    estimate = lipschitz(model, shape, kind="estimate", norms=norms(model, shape, "estimate", 200))
+    assert torch.equal(bound, bound.mT)
+    assert not bound.diagonal().any()
+    assert bound.dtype == torch.float64
+    model = model.double()
+    for scale in (0.1, 1.0, 10.0):
+        assert (steepest(model, scale * torch.randn(8, *shape, dtype=torch.float64), scale) <= bound + 1e-12).all()
+    assert (estimate <= bound * (1 + 1e-5)).all()
+    if name not in ("circular", "average pool"):
+        assert (bound <= 1.3 * estimate + 1e-12).all()
+
+
+def test_is_the_product_of_norms_with_the_last_layer_row_by_row():
+    torch.manual_seed(0)
+    model = models.mlp((4, 6, 3)).double()
+    first, last = model[1].weight, model[3].weight
+    want = torch.linalg.matrix_norm(first, 2) * torch.cdist(last, last)
+    torch.testing.assert_close(lipschitz(model, (4,)), want.detach(), rtol=1e-3, atol=1e-12)
+    got = lipschitz(model, (4,), kind="estimate", norms=norms(model, (4,), "estimate", 300))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(L.sum(), model.parameters(), allow_unused=True) for L in (got, want)), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_sum_adds_what_its_branches_may_change():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(3, 3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.last(x - torch.relu(self.inner(x)))
+
+    model = Residual()
+    want = (1 + torch.linalg.matrix_norm(model.inner.weight, 2)) * (model.last.weight[0] - model.last.weight[1]).norm()
+    torch.testing.assert_close(lipschitz(model, (3,))[0, 1], want.detach(), rtol=1e-3, atol=0)
+
+
+def test_a_broken_weight_gives_no_number():
+    model = models.mlp((4, 6, 3))
+    with torch.no_grad():
+        model[1].weight[0, 0] = math.nan
+    assert not lipschitz(model, (4,))[0, 1].isfinite()
+
+
+def test_names_what_is_wrong():
+    model = models.mlp((4, 6, 3))
+    other = models.mlp((4, 6, 3, 3, 3))
+    with pytest.raises(ValueError, match="p: 2 expected, got 1"):
+        lipschitz(model, (4,), p=1)
+    with pytest.raises(ValueError, match="method: 'product' expected, got 'crown'"):
+        lipschitz(model, (4,), method="crown")
+    with pytest.raises(ValueError, match="two classes or more"):
+        lipschitz(models.mlp((4, 6, 1)), (4,))
+    with pytest.raises(ValueError, match="norms: of kind 'bound' expected, got 'estimate'"):
+        lipschitz(model, (4,), norms=norms(model, (4,), "estimate"))
+    with pytest.raises(ValueError, match="norms: of this model expected, without layer '5'"):
+        lipschitz(other, (4,), norms=norms(model, (4,)))
+    pooled = nn.Sequential(nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="layer '0': pooling over overlapping windows has no l2 rule; make stride equal"):
+        lipschitz(pooled, (1, 5, 5))
