@@ -25,7 +25,7 @@ from lipfast._processes import Processes, processes
 from lipfast._run import Run
 from lipfast._version import __version__
 from lipfast.data import Dataset, batches, load, steps
-from lipfast.recipes import Recipe
+from lipfast.recipes.recipe import Memory, Recipe
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -134,7 +134,7 @@ def _epochs(recipe, model, optimizer, data, test, run, group, progress) -> None:
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}", refresh=False)
             line = {"epoch": epoch + 1, **_one_epoch(recipe, model, optimizer, data, epoch, group, bar)}
             group.average_buffers(model)
-            line |= evaluate(recipe, model, test, group)
+            line |= evaluate(recipe, model, test, epoch + 1, group)
             line |= {**recipe.schedule(epoch + 1), "lr": lr, "seconds": round(before + time.perf_counter() - start, 3)}
             _require_finite(line, epoch)
             shown = {key: f"{line[key]:.3f}" for key in ("loss", "clean_accuracy", "certified_estimate")}
@@ -152,17 +152,19 @@ def _one_epoch(
     """One pass over the data; the means of the loss and its parts."""
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    memory: Memory = {}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     count = steps(data, recipe.batch_size, group.count)
     part = (group.rank, group.count)
     for step, (x, y) in enumerate(batches(data, recipe.batch_size, recipe.seed, epoch, recipe.crop, recipe.flip, part)):
-        loss, parts = recipe.loss(model, x, y, epoch + step / count)
+        loss, parts = recipe.loss(model, x, y, epoch + step / count, memory)
         optimizer.zero_grad()
         loss.backward()
         group.average(p.grad for p in parameters if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
+        recipe.project(model)
         for name, value in {"loss": loss.detach(), **parts, "gradient_norm": norm}.items():
             sums[name] = sums.get(name, 0) + value
             counts[name] = counts.get(name, 0) + 1
@@ -174,9 +176,12 @@ def _one_epoch(
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, model: nn.Module, data: Dataset, group: Processes, size: int = 512) -> dict[str, float]:
-    """Clean accuracy and the fraction estimated to be certified at ``recipe.eps``."""
+def evaluate(
+    recipe: Recipe, model: nn.Module, data: Dataset, epoch: int, group: Processes, size: int = 512
+) -> dict[str, float]:
+    """Clean accuracy and the fraction estimated to be certified at ``recipe.eps``, after so many epochs."""
     model.eval()
+    memory: Memory = {}
     sums = torch.zeros(3, dtype=torch.float64, device=group.device)
     for start in range(group.rank * size, len(data), group.count * size):
         rows = slice(start, start + size)
@@ -185,7 +190,7 @@ def evaluate(recipe: Recipe, model: nn.Module, data: Dataset, group: Processes, 
         right = logits.argmax(1) == y
         sums[0] += nn.functional.cross_entropy(logits, y, reduction="sum")
         sums[1] += right.sum()
-        sums[2] += (right & recipe.certified(model, x, y)).sum()
+        sums[2] += (right & recipe.certified(model, x, y, epoch, memory)).sum()
     loss, clean, certified = (group.total(sums) / len(data)).tolist()
     return {"test_loss": loss, "clean_accuracy": clean, "certified_estimate": certified, "certified_eps": recipe.eps}
 

@@ -51,6 +51,14 @@ def test_compiles_without_graph_break(device):
     torch.testing.assert_close(got, torch.autograd.grad(loss(*args), args))
 
 
+def test_gradients_per_sample_are_those_of_the_batch(device):
+    x, threshold = inputs((5, 4), (4,), device, torch.float32)
+    single = torch.func.grad(lambda t: (clipped_relu(t, threshold) ** 2).sum())
+    torch.testing.assert_close(
+        torch.func.vmap(single)(x), torch.func.grad(lambda t: (clipped_relu(t, threshold) ** 2).sum())(x)
+    )
+
+
 def test_nan_stays_visible_and_an_infinite_threshold_is_relu(device):
     x, threshold = inputs((4, 3), (3,), device, torch.float32)
     x[1, 2] = math.nan

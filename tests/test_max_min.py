@@ -67,6 +67,12 @@ def test_compiles_without_graph_break(device):
     assert torch.equal(got, torch.autograd.grad(loss(x), x)[0])
 
 
+def test_gradients_per_sample_are_those_of_the_batch(device):
+    x = torch.randn(5, 4, device=device)
+    single = torch.func.grad(lambda t: (max_min(t[None]) ** 3).sum())
+    torch.testing.assert_close(torch.func.vmap(single)(x), torch.func.grad(lambda t: (max_min(t) ** 3).sum())(x))
+
+
 def test_nan_reaches_both_of_a_pair(device):
     x = torch.randn(2, 4, device=device)
     x[0, 1] = math.nan

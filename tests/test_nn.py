@@ -78,6 +78,21 @@ def test_clipped_max_min_has_a_pair_of_thresholds_per_pair_of_units(device):
     assert not list(ClippedMaxMin().parameters())
 
 
+def test_clipped_max_min_differentiates_twice_and_compiles(device):
+    layer = ClippedMaxMin(0.5, shape=(4,), learnable=True).double().to(device)
+    x = torch.randn(5, 4, device=device, dtype=torch.float64, requires_grad=True)
+    leaves, seed = [x, *layer.parameters()], torch.randn_like(x)
+    of = lambda upper, lower: {"upper": upper, "lower": lower}
+    function = lambda x, *ends: torch.func.functional_call(layer, of(*ends), (x,))
+    assert torch.autograd.gradcheck(function, leaves)
+    (first,) = torch.autograd.grad(layer(x).sum(), x)  # 1 where the unit is not clipped
+    (slope,) = torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)
+    assert torch.equal(torch.autograd.grad(slope.sum(), x)[0], 2 * first)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for got, want in zip(*(torch.autograd.grad(f(x), leaves, seed) for f in (compiled, layer)), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_clipped_max_min_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="ClippedMaxMin: upper must be a number"):
         ClippedMaxMin(math.nan)

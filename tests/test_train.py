@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from lipfast import checkpoint, models
+from lipfast import checkpoint
 from lipfast.bounds import interval_margin
 from lipfast.data import Dataset, load
 from lipfast.recipes import Interval
@@ -213,7 +213,7 @@ def test_a_run_is_not_overwritten_or_mixed(finished, options, fault):
         ({"settings": {"model": "resnet"}}, "name must be one of .*cnn_small.* got 'resnet'"),
         ({"settings": {"arguments": '{"depth": 3}'}}, "model cnn_small takes shape, .* got 'depth'"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"recipe": "nothing"}, "recipe must be one of interval"),
+        ({"recipe": "nothing"}, "recipe must be one of interval, gloro, local"),
         ({"data": "nowhere"}, "data must be one of digits"),
     ],
 )
@@ -244,8 +244,8 @@ def test_an_unwritable_folder_is_told_before_training(tmp_path):
 
 def test_a_loss_that_diverges_later_keeps_the_finished_epochs(tmp_path):
     class Diverging(Interval):
-        def loss(self, model, x, y, epoch):
-            total, parts = super().loss(model, x, y, epoch)
+        def loss(self, model, x, y, epoch, memory):
+            total, parts = super().loss(model, x, y, epoch, memory)
             return (total * float("inf") if epoch >= 2 else total), parts
 
     recipe = Diverging(data="digits", model="cnn_small", epochs=3, batch_size=40, eps=0.1, ramp_length=1)
@@ -274,11 +274,17 @@ def test_deterministic_mode_ends_with_the_run(tmp_path):
         torch.use_deterministic_algorithms(True)
 
 
-def test_batch_norm_networks_train_and_resume(tmp_path):
-    options = {"settings": {"model": "cnn7", "arguments": '{"width": 4, "batch_norm": true}', "batch_size": 50}, "limit": 100}
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("interval", {"model": "cnn7", "arguments": '{"width": 4, "batch_norm": true}'}),
+        ("gloro", {"lr_end": 1e-5}),
+        ("local", {"local_start": 20, "ramp_length": 10, "arguments": '{"activation": "clipped_max_min"}'}),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, recipe, settings):
+    options = {"recipe": recipe, "settings": {"batch_size": 50, **settings}, "limit": 100, "epochs": 2}
     whole = run(tmp_path / "whole", **options)
-    assert "natural_loss" in metrics(whole)[0]
-    assert weights(whole)["1.running_mean"].abs().max() > 0
     real = checkpoint.save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -287,6 +293,19 @@ def test_batch_norm_networks_train_and_resume(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped", **options)
     assert_same_run(run(tmp_path / "stopped", resume=True, **options), whole)
+
+
+def test_batch_norm_keeps_statistics(tmp_path):
+    settings = {"model": "cnn7", "arguments": '{"width": 4, "batch_norm": true}', "batch_size": 50}
+    folder = run(tmp_path / "run", settings=settings, limit=100, epochs=1)
+    assert "natural_loss" in metrics(folder)[0]
+    assert weights(folder)["1.running_mean"].abs().max() > 0
+
+
+def test_thresholds_never_turn_negative(tmp_path):
+    folder = run(tmp_path / "run", "local", settings={"lr": 0.2, "sparsity": 10, "ramp_length": 0})
+    thresholds = torch.cat([t.flatten() for key, t in weights(folder).items() if key.endswith("threshold")])
+    assert thresholds.min() == 0
 
 
 TWO = """
@@ -312,65 +331,6 @@ def test_two_processes_do_the_work_of_one(tmp_path):
         assert one.keys() == two.keys()
         for key in one:
             assert_near(torch.tensor(two[key]), torch.tensor(one[key]), torch.float32, slack=2)
-
-
-def saved(tmp_path, name="cnn_small", **arguments):
-    path = tmp_path / "model.safetensors"
-    model = models.build(name, **arguments)
-    checkpoint.save(path, model, name, arguments, {"note": [1, 2]})
-    return path, model
-
-
-def test_a_checkpoint_gives_back_the_model(tmp_path):
-    path, model = saved(tmp_path, shape=(1, 8, 8), classes=3)
-    x = torch.rand(2, 1, 8, 8)
-    assert torch.equal(checkpoint.load(path)(x), model.eval()(x))
-    assert checkpoint.read(path) == {
-        "model": "cnn_small",
-        "arguments": {"shape": [1, 8, 8], "classes": 3},
-        "metadata": {"note": [1, 2]},
-    }
-    assert os.listdir(tmp_path) == ["model.safetensors"]
-
-
-@pytest.mark.parametrize("keep", [0, 5, 9, 200, -1])
-def test_a_truncated_checkpoint_is_named(tmp_path, keep):
-    path, _ = saved(tmp_path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model\.safetensors: (truncated|not a safetensors file)") as caught:
-        checkpoint.load(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_of_something_else_is_named(tmp_path):
-    path, model = saved(tmp_path)
-    about = {"model": "cnn_small", "arguments": {}, "metadata": {}}
-    for spoil, fault in [
-        (lambda t: t.pop("0.weight"), "checkpoint from another model: '0.weight' is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "checkpoint from another model: 'extra' is not among"),
-        (
-            lambda t: t.update({"0.bias": torch.zeros(3)}),
-            r"checkpoint from another model: '0.bias' must be \(16,\), got \(3,\)",
-        ),
-    ]:
-        tensors = model.state_dict()
-        spoil(tensors)
-        checkpoint.write_tensors(path, tensors, about)
-        with pytest.raises(ValueError, match=fault):
-            checkpoint.load(path)
-    save_file(model.state_dict(), path)
-    with pytest.raises(ValueError, match="not a checkpoint of lipfast"):
-        checkpoint.load(path)
-    path.write_text("weights, honestly")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        checkpoint.load(path)
-    with pytest.raises(ValueError, match="cannot read a checkpoint: No such file"):
-        checkpoint.load(tmp_path / "absent.safetensors")
-    checkpoint.write_tensors(path, {"0.exp_avg": torch.zeros(1)}, {"epoch": 3})
-    with pytest.raises(ValueError, match="no model checkpoint: 'model' is not recorded"):
-        checkpoint.load(path)
-    with pytest.raises(ValueError, match="cannot be written"):
-        checkpoint.save(tmp_path / "no" / "folder", model, "cnn_small")
 
 
 def test_data_of_other_shapes_and_classes_build_their_model(tmp_path):

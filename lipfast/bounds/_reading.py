@@ -25,6 +25,7 @@ from lipfast.bounds.layers import (
     Scale,
     Unsupported,
 )
+from lipfast.ops._clip import clip
 from lipfast.ops.clipped_relu import clipped_relu
 from lipfast.ops.max_min import max_min
 
@@ -167,7 +168,8 @@ def _(module: lipfast.nn.ClippedMaxMin, name: str) -> list[Layer]:
         raise Unsupported(name, "ClippedMaxMin with one threshold for all units (give it the shape of a sample)")
     low = torch.cat([torch.full_like(module.upper, -math.inf), module.lower])
     high = torch.cat([module.upper, torch.full_like(module.lower, math.inf)])
-    return [MaxMin(), Elementwise("clip", lambda x: x.clamp(low, high), (0.0, 1.0), kinks=(low, high), pieces=(0.0, 1.0, 0.0))]
+    function = lambda x: clip(x, low.to(x.dtype), high.to(x.dtype))
+    return [MaxMin(), Elementwise("clip", function, (0.0, 1.0), kinks=(low, high), pieces=(0.0, 1.0, 0.0))]
 
 
 @of_module.register

@@ -26,6 +26,7 @@ from torch import Tensor
 from lipfast.ops._arguments import check_alike, check_leading, check_mask, check_shape
 from lipfast.rounding import gamma, up
 
+_SIDE = 512  # of a product from which on halving pays
 _PART = 2**22  # numbers of the matrices in work at a time
 
 
@@ -139,7 +140,7 @@ def gram_norm(
     steps = []
     for t in range(iterations):
         norm = _frobenius(G)
-        product = G @ G.mH if M <= N else G.mH @ G
+        product = _gram(G if M <= N else G.mH)
         exponent, G = _rescaled(product, _frobenius(product))
         steps.append((norm, exponent, of(max(M, N) if t == 0 else min(M, N))))
     rows, columns = G.abs().sum(-1).amax(-1), G.abs().sum(-2).amax(-1)
@@ -175,6 +176,19 @@ def gram_gradient(
 
 
 _EPS = torch.finfo(torch.float64).eps
+
+
+def _gram(G: Tensor) -> Tensor:  # (*, M, N) -> (*, M, M)
+    """G G^H, of whose mirrored blocks one is computed and the other copied."""
+    M = G.shape[-2]
+    if M < _SIDE:
+        return G @ G.mH
+    top, bottom = G[..., : M // 2, :], G[..., M // 2 :, :]
+    corner = top @ bottom.mH
+    product = G.new_empty(*G.shape[:-1], M)
+    product[..., : M // 2, : M // 2], product[..., M // 2 :, M // 2 :] = _gram(top), _gram(bottom)
+    product[..., : M // 2, M // 2 :], product[..., M // 2 :, : M // 2] = corner, corner.mH
+    return product
 
 
 def _frobenius(matrix: Tensor) -> Tensor:  # (*, M, N) -> (*), rounded up

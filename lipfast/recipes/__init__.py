@@ -1,9 +1,11 @@
 """One file per paper: data, model, schedule, loss and optimiser as a dataclass. None has a loop of its own."""
 
+from lipfast.recipes.gloro import Gloro
 from lipfast.recipes.interval import Interval
+from lipfast.recipes.local import Local
 from lipfast.recipes.recipe import Recipe
 
-RECIPES: dict[str, type[Recipe]] = {"interval": Interval}
+RECIPES: dict[str, type[Recipe]] = {"interval": Interval, "gloro": Gloro, "local": Local}
 
 
 def find(name: str, data: str) -> Recipe:
@@ -13,4 +15,4 @@ def find(name: str, data: str) -> Recipe:
     return RECIPES[name].preset(data)
 
 
-__all__ = ["RECIPES", "Interval", "Recipe", "find"]
+__all__ = ["RECIPES", "Gloro", "Interval", "Local", "Recipe", "find"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lipfast import losses
 from lipfast.bounds import interval, interval_margin
-from lipfast.recipes.recipe import Recipe
+from lipfast.recipes.recipe import Memory, Recipe, normalises
 from lipfast.schedules import linear_ramp, smooth_ramp
 
 _PIXELS = (0.0, 1.0)
@@ -43,7 +43,9 @@ class Interval(Recipe):
     kappa_end: float = 0.0
     regulariser: float = 0.5
 
-    in_epochs: ClassVar[tuple[str, ...]] = ("milestones", "ramp_start", "ramp_length")
+    p: ClassVar[float] = math.inf
+    certificate: ClassVar[str] = "interval"
+    in_epochs: ClassVar[tuple[str, ...]] = (*Recipe.in_epochs, "ramp_start", "ramp_length")
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,12 +84,12 @@ class Interval(Recipe):
             "kappa": self.kappa_start + (self.kappa_end - self.kappa_start) * done,
         }
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """As :meth:`Recipe.loss`. Boxes are those of the network in eval mode: batch norm with its running statistics, which
         the image's own pass has just moved; they carry no gradient."""
         now = self.schedule(epoch)
         eps, kappa = max(now["eps"], _LEAST_EPS), now["kappa"]
-        logits = model(x) if kappa > 0 or _normalises(model) else None
+        logits = model(x) if kappa > 0 or normalises(model) else None
         model.eval()
         weight = self._weight(now["eps"])
         boxes = interval(model, x, eps, kind="estimate", pixel_range=_PIXELS, keep_layers=weight > 0)
@@ -109,14 +111,10 @@ class Interval(Recipe):
         full = self.eps * self.eps_factor
         return self.regulariser * (1 - eps / full) if full else 0.0
 
-    def certified(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def certified(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float, memory: Memory) -> Tensor:
         margin = interval_margin(model, x, y, self.eps, kind="estimate", pixel_range=_PIXELS)
         others = torch.arange(margin.shape[1], device=y.device) != y[:, None]
         return ((margin > 0) | ~others).all(1)
-
-
-def _normalises(model: nn.Module) -> bool:
-    return any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
 
 
 _MNIST = Interval(

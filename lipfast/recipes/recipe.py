@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipfast.nn import ClippedReLU
+from lipfast.schedules import decay
+
+Memory = dict[str, Any]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -27,6 +31,8 @@ class Recipe:
         data: name of the data set it is made for.
         model, arguments: ``models.build(model, **arguments)``; the loop adds the data's shape and number of classes.
         milestones: epochs at which the learning rate is multiplied by ``lr_decay``.
+        decay_start, lr_end: from that epoch on the learning rate falls exponentially, to ``lr_end`` when the last one ends;
+            with ``lr_end`` 0 it does not.
         clip: largest l2 norm of the gradient.
         crop, flip: random shift by up to ``crop`` pixels and mirror image, see :func:`lipfast.data.batches`.
         eps: the radius at which the network is to be certified.
@@ -42,13 +48,17 @@ class Recipe:
     weight_decay: float = 0.0
     milestones: tuple[float, ...] = ()
     lr_decay: float = 0.2
+    decay_start: float = 0.0
+    lr_end: float = 0.0
     clip: float = 10.0
     crop: int = 0
     flip: bool = False
     seed: int = 0
     eps: float
 
-    in_epochs: ClassVar[tuple[str, ...]] = ("milestones",)  # fields that with_epochs stretches
+    p: ClassVar[float]  # norm of the perturbation that the recipe trains for
+    certificate: ClassVar[str]  # method of lipfast.certify that it trains for
+    in_epochs: ClassVar[tuple[str, ...]] = ("milestones", "decay_start")  # fields that with_epochs stretches
 
     def __post_init__(self):
         self.require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
@@ -56,7 +66,7 @@ class Recipe:
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip"):
             self.require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        for name in ("weight_decay", "lr_decay", "crop", "seed", "eps"):
+        for name in ("weight_decay", "lr_decay", "decay_start", "lr_end", "crop", "seed", "eps"):
             self.require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
 
     def require(self, name: str, holds: bool, expected: str) -> None:
@@ -71,29 +81,42 @@ class Recipe:
     def initialise(self, model: nn.Module) -> None:
         """Sets the weights at the start."""
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on a batch, () with gradient, and its parts for the record, detached.
 
         Args:
             model: in training mode, and left there.
             x, y: (B, C, H, W) pixels in [0, 1], (B,) labels.
             epoch: epochs done so far, a real number.
+            memory: what this recipe keeps from one step to the next. The loop hands over an empty one when an epoch begins,
+                so that a resumed run needs none of it.
         """
         raise NotImplementedError
+
+    def project(self, model: nn.Module) -> None:
+        """Brings parameters back to where they are allowed; called after each step. Here: thresholds of clipped ReLU >= 0."""
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, ClippedReLU):
+                    module.threshold.clamp_(min=0)
 
     def schedule(self, epoch: float) -> dict[str, float]:
         """The scheduled quantities at a time, for the record."""
         return {}
 
-    def certified(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # (B,) bool
-        """Where the label is certified at ``eps``, as estimated without regard to rounding. ``model`` is in eval mode."""
+    def certified(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float, memory: Memory) -> Tensor:  # (B,) bool
+        """Where the label is certified at ``eps``, as estimated without regard to rounding. ``model`` is in eval mode.
+
+        ``epoch``: epochs done so far. ``memory``: as for the loss, empty at the first batch of an evaluation.
+        """
         raise NotImplementedError
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         return OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def lr_at(self, epoch: int) -> float:
-        return self.lr * self.lr_decay ** sum(m <= epoch for m in self.milestones)
+        lr = self.lr * self.lr_decay ** sum(m <= epoch for m in self.milestones)
+        return lr * decay(epoch, self.decay_start, self.epochs, self.lr_end / self.lr) if self.lr_end else lr
 
     def with_epochs(self, epochs: int) -> "Recipe":
         """The same recipe stretched or squeezed to ``epochs``, its schedules in proportion."""
@@ -143,3 +166,8 @@ def _parsed(name: str, kind: Any, value: Any) -> Any:
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         what = getattr(kind, "__name__", "value") if isinstance(kind, type) else str(kind)
         raise ValueError(f"recipe: {name} must be {what}, got {value!r}") from error
+
+
+def normalises(model: nn.Module) -> bool:
+    """Whether bounds, which are of the network in eval mode, are of another function than the one in training mode."""
+    return any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())

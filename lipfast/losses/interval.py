@@ -1,4 +1,4 @@
-"""The papers' objectives, one function each. Every loss is a mean over the batch and differentiable.
+"""Interval bound propagation: the worst case of Gowal et al. 2018 and the regularisers of Shi et al. 2021.
 
 Under ``torch.distributed`` the statistics of :func:`tightness` and :func:`relu_balance` are those of the whole batch: each is
 a ratio of means, and a mean of ratios would make the result depend on the number of processes.
