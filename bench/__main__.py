@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, floors, networks, ops, record
+from bench import cases, floors, local, memory, networks, ops, record
 
 DTYPES = ["float32", "tf32", "bfloat16", "float16", "float64"]
 
@@ -26,12 +26,21 @@ def main() -> int:
     if a.ops or not a.peers:
         results += _time_ops(a)
     if a.peers:
-        for name, build in {"small": networks.small}.items() if a.quick else networks.NETWORKS.items():
-            results += networks.run(name, build, a.device, 2 if a.quick else 64, a.repeats)
+        results += _time_networks(a)
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)
         a.json.write_text(json.dumps({**record.circumstances(a.device), "results": results}, indent=1) + "\n")
     return 0
+
+
+def _time_networks(a: argparse.Namespace) -> list[dict]:
+    rows = []
+    for name, build in {"small": networks.small}.items() if a.quick else networks.NETWORKS.items():
+        rows += networks.run(name, build, a.device, 2 if a.quick else 64, a.repeats)
+    for name, (net, batch) in {"small": (local.small, 2)}.items() if a.quick else local.NETWORKS.items():
+        rows += local.run(name, net, batch, a.device, min(a.repeats, 5))
+    used = memory.run("small", 64, a.device) if a.quick else memory.run("6C2F", memory.BATCH, a.device)
+    return rows if used is None else [*rows, used]
 
 
 def _time_ops(a: argparse.Namespace) -> list[dict]:
@@ -51,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--outward", action="store_true", help="the boxes that hold in floating point")
-    parser.add_argument("--peers", action="store_true", help="whole networks beside compiled code and auto_LiRPA")
+    parser.add_argument("--peers", action="store_true", help="whole networks beside compiled code, auto_LiRPA and Local-Lip")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=None, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")

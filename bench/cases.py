@@ -1,4 +1,8 @@
-"""What is timed. All that a benchmark needs to know of an op stands in tests/test_<op>.py: ``inputs``, ``CASES``, ``LARGE``."""
+"""What is timed. All that a benchmark needs to know of an op stands in tests/test_<op>.py: ``inputs``, ``CASES``, ``LARGE``.
+
+A case of ``LARGE`` may end in a dict of options. Where the op returns more than its value, ``SIGMA`` holds the part that is
+timed: an op and a reference with the names of theirs.
+"""
 
 import importlib
 import inspect
@@ -20,7 +24,7 @@ FOLDER = Path(__file__).parents[1]
 
 @dataclass
 class Call:
-    """One op on one case: ``op`` is the public function, ``reference`` its definition in plain torch."""
+    """One op on one case: ``op`` is the public function (or SIGMA's), ``reference`` its definition in plain torch."""
 
     name: str
     case: tuple
@@ -53,16 +57,17 @@ def tests(name: str) -> ModuleType:
 def call(name: str, case: tuple, device: str, dtype: torch.dtype, outward: bool = False) -> Call:
     module = importlib.import_module(f"lipfast.ops.{name}")
     torch.manual_seed(0)
-    made = tests(name).inputs(*case, device, dtype)
+    shape, chosen = (case[:-1], case[-1]) if case and isinstance(case[-1], dict) else (case, {})
+    made = tests(name).inputs(*shape, device, dtype)
     args, options = made if isinstance(made, tuple) and isinstance(made[-1], dict) else (made, {})
     args = (args,) if isinstance(args, Tensor) else tuple(args)
-    op = getattr(module, name)
-    given = inspect.signature(op).parameters
+    given = inspect.signature(getattr(module, name)).parameters
     rest = list(inspect.signature(module.reference).parameters)[len(args) :]  # a schema need not have the op's defaults
-    options = {**{key: given[key].default for key in rest}, **options}
+    options = {**{key: given[key].default for key in rest if key in given}, **options, **chosen}
     if "outward" in options:
         options["outward"] = outward
-    return Call(name, case, op, module.reference, args, options)
+    timed = getattr(tests(name), "SIGMA", module)
+    return Call(name, case, getattr(timed, name), timed.reference, args, options)
 
 
 def check(name: str, device: str, dtype: torch.dtype) -> None:

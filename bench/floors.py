@@ -14,14 +14,26 @@ FIGURES = {
     "NVIDIA H200": {"bytes": 4.3e12, "bfloat16": 788e12, "float16": 788e12, "tf32": 400e12, "float32": 55e12},
 }
 
-# FLOPs of the forward pass, from its tensors and its first output. Ops that are not here are bound by their bytes.
-FLOPS: dict[str, Callable[[Tensor, tuple], int]] = {
-    "interval_linear": lambda out, args: 4 * out.numel() * args[2][0].numel(),
-    "interval_conv2d": lambda out, args: 4 * out.numel() * args[2][0].numel(),
-    "ball_linear": lambda out, args: 2 * out.numel() * args[2][0].numel() + 2 * args[2].numel(),
-    "ball_conv2d": lambda out, args: 2 * out.numel() * args[2][0].numel() + 2 * args[2].numel(),
-    "pairwise_distance": lambda out, args: args[0].numel() * args[0].shape[-2],  # symmetric: half of K x K
+# FLOPs of the forward and the backward pass, from the first output and the call. Ops not here are bound by their bytes.
+FLOPS: dict[str, Callable[[Tensor, Call], tuple[int, int]]] = {
+    "interval_linear": lambda out, c: _twice(4 * out.numel() * c.args[2][0].numel()),
+    "interval_conv2d": lambda out, c: _twice(4 * out.numel() * c.args[2][0].numel()),
+    "ball_linear": lambda out, c: _twice(2 * out.numel() * c.args[2][0].numel() + 2 * c.args[2].numel()),
+    "ball_conv2d": lambda out, c: _twice(2 * out.numel() * c.args[2][0].numel() + 2 * c.args[2].numel()),
+    "pairwise_distance": lambda out, c: _twice(c.args[0].numel() * c.args[0].shape[-2]),  # symmetric: half of K x K
+    "spectral_norm_estimate": lambda out, c: _power(c, out.numel() * c.args[0][0].numel() * c.args[0].shape[-2]),
+    "conv2d_norm_estimate": lambda out, c: _power(c, c.args[2].numel() * c.args[0][0].numel()),  # by the output mask's size
 }
+FLOAT64 = {"spectral_norm_bound", "conv2d_norm_bound"}  # inside, whatever the dtype: no floor from the dtype's rate
+
+
+def _twice(flops: int) -> tuple[int, int]:
+    return flops, 2 * flops
+
+
+def _power(call: Call, products: int) -> tuple[int, int]:
+    """Two products per iteration and one at the end; the gradient is one of two vectors."""
+    return 2 * products * (2 * call.options["iterations"] + 1), 2 * products
 
 
 def set_arithmetic(arithmetic: str) -> None:
@@ -53,12 +65,12 @@ def _measured(device: str, arithmetic: str) -> dict[str, float]:
 
 
 def floor(call: Call, outs: tuple[Tensor, ...], backward: bool, rate: dict[str, float]) -> float | None:
-    """Seconds. Each tensor is read or written once per pass; a backward pass costs two forward products."""
-    if not rate:
+    """Seconds. Each tensor is read or written once per pass."""
+    if not rate or call.name in FLOAT64:
         return None
     size = lambda ts: sum(t.numel() * t.element_size() for t in ts if isinstance(t, Tensor))
     moved = size(call.args) + size(outs)
-    flops = FLOPS[call.name](outs[0], call.args) if call.name in FLOPS else 0
+    flops, again = FLOPS[call.name](outs[0], call) if call.name in FLOPS else (0, 0)
     if backward:
-        moved, flops = 2 * moved + size(call.args), 3 * flops
+        moved, flops = 2 * moved + size(call.args), flops + again
     return max(moved / rate["bytes"], flops / rate["flops"])

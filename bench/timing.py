@@ -11,18 +11,18 @@ Times = dict[str, list[float]]
 _SHORTEST = 2e-3  # seconds: shorter calls are repeated inside one sample
 
 
-def rounds(candidates: dict[str, Callable[[], object]], repeats: int, device: str) -> Times:
-    """Seconds per call of each candidate, one sample per round; two rounds of warming up are not counted."""
+def rounds(candidates: dict[str, Callable[[], object]], repeats: int, device: str, warm: int = 2) -> Times:
+    """Seconds per call of each candidate, one sample per round; the first ``warm`` rounds are not counted."""
     clock = _cuda_clock() if device == "cuda" else _cpu_clock
     loops = {}
     for name, run in candidates.items():
         run()  # compiles, allocates
         loops[name] = 1 if device == "cuda" else max(1, math.ceil(_SHORTEST / max(_cpu_clock(run, 1), 1e-7)))
     times: Times = {name: [] for name in candidates}
-    for turn in range(repeats + 2):
+    for turn in range(repeats + warm):
         for name, run in candidates.items():
             seconds = clock(run, loops[name])
-            if turn >= 2:
+            if turn >= warm:
                 times[name].append(seconds)
     return times
 

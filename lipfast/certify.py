@@ -1,8 +1,4 @@
-"""Certification: for each image the radius within which no change of the pixels changes the prediction.
-
-Every test of a radius is a proof of its own, and a proof at one radius covers all smaller ones, so the search below may try
-radii in any order: it can miss, never overstate.
-"""
+"""Certification: for each image the radius within which no change of the pixels changes the prediction."""
 
 import io
 import json
@@ -10,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lipfast import figures
+from lipfast._methods import METHODS, Task
 from lipfast._version import __version__
-from lipfast.bounds import interval_margin
-from lipfast.bounds.network import read
+from lipfast.bounds import read
 from lipfast.checkpoint import replace_file
 from lipfast.data import Dataset, unit
 from lipfast.figures import KINDS, norm_name
@@ -129,7 +125,7 @@ def certify(
     model: nn.Module,
     data: Any,
     eps: float | Sequence[float],
-    p: float = math.inf,
+    p: float | None = None,
     method: str = "interval",
     kind: str = "bound",
     batch_size: int = 256,
@@ -148,11 +144,18 @@ def certify(
             image that the network sees.
         eps: one radius or several, in the l_p norm and in units of the pixels handed over. Each is tried for each image,
             so certified accuracies at these are those of the method.
-        p: 1, 2 or inf.
-        method: ``"interval"``: boxes through the network, the last layer merged with e_y - e_j.
-        kind: ``"bound"``, proven, rounding included; ``"estimate"``: rounded to nearest, no certificate.
+        p: norm of the ball, by default the method's own, named first.
+        method:
+            ``"interval"``, p = inf, 1 or 2: boxes through the network, the last layer merged with e_y - e_j.
+            ``"product"``, p = 2: the margins at the image over global Lipschitz constants, products of the layers' norms.
+            ``"local"``, p = 2: the same with each layer's norm on the units that vary within the ball, and at each ``eps`` that
+            this does not reach local LipLT (:func:`lipfast.bounds.local`), which is tighter still. Never less than
+            ``"product"``, and much slower. ``resolution`` narrows by the product of local norms alone.
+        kind: ``"bound"``, proven, rounding included; ``"estimate"``, no certificate: rounded to nearest, spectral norms by
+            100 steps of the power method, which come near from below.
         limit: take only the first so many images.
-        pixel_range: (0, 1) leaves out what no picture can be; the default certifies the whole ball.
+        pixel_range: (0, 1) leaves out what no picture can be; the default certifies the whole ball, and the methods of
+            Lipschitz constants know no other.
         resolution: how often the gap between an eps that holds and the next, which does not, is halved.
         device: where to compute; by default where the model is.
 
@@ -161,19 +164,20 @@ def certify(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"certify: model must be an nn.Module, got {type(model).__name__}")
-    levels = _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution)
+    levels, p = _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution)
     images, labels, name = _read(data, limit)
     _check_images(images, pixel_range)
     start = time.perf_counter()
     radius, prediction = [], []
     with _evaluating(model, device) as like, torch.no_grad():
-        _check_labels(labels, read(model, tuple(images.shape[1:])).nodes[-1].shape)
+        shape = tuple(images.shape[1:])
+        _check_labels(labels, read(model, shape).nodes[-1].shape)
+        radii = METHODS[method].prepare(Task(model, shape, levels, p, kind, pixel_range, resolution))
         for batch in _bar(images.split(batch_size), progress):
             x = batch.to(like) if like is not None else batch
             logits = model(x)
             y = logits.argmax(1)
-            found = METHODS[method](model, x, y, levels, p, kind, pixel_range, resolution)
-            radius.append(torch.where(logits.isfinite().all(1), found, 0).cpu())
+            radius.append(torch.where(logits.isfinite().all(1), radii(x, y), 0).cpu())
             prediction.append(y.cpu())
     return Certificate(
         radius=torch.cat(radius),
@@ -182,51 +186,14 @@ def certify(
         eps=levels,
         method=method,
         kind=kind,
-        p=float(p),
+        p=p,
         pixel_range=pixel_range and (float(pixel_range[0]), float(pixel_range[1])),
         data=name,
         seconds=time.perf_counter() - start,
     )
 
 
-def interval_radius(
-    model: nn.Module,
-    x: Tensor,  # (B, ...)
-    prediction: Tensor,  # (B,)
-    levels: Sequence[float],
-    p: float,
-    kind: str,
-    pixel_range: tuple[float, float] | None,
-    resolution: int,
-) -> Tensor:  # (B,) float64
-    """The largest radius for which every interval margin of the prediction over the others is positive."""
-
-    def holds(at: Tensor, radius: Tensor) -> Tensor:  # (N,) positions in the batch, (N,) -> (N,) bool
-        y = prediction[at]  # radius stays float64: the ball that is tested must not be smaller than the one reported
-        margin = interval_margin(model, x[at], y, radius, p=p, kind=kind, pixel_range=pixel_range)
-        others = margin.scatter(1, y[:, None], 1.0)
-        return ((others > 0) & margin.isfinite()).all(1)
-
-    ladder = torch.tensor([0.0, *levels], dtype=torch.float64, device=x.device)
-    proven = torch.zeros(len(x), dtype=torch.long, device=x.device)  # highest rung that holds
-    failed = torch.full_like(proven, len(ladder))  # lowest that does not, or one past the top
-    while (at := (failed - proven > 1).nonzero()[:, 0]).numel():
-        middle = (proven[at] + failed[at]) // 2
-        ok = holds(at, ladder[middle])
-        proven[at], failed[at] = torch.where(ok, middle, proven[at]), torch.where(ok, failed[at], middle)
-    at = (failed < len(ladder)).nonzero()[:, 0]
-    low, high = ladder[proven], ladder[failed.clamp(max=len(levels))]
-    for _ in range(resolution if at.numel() else 0):
-        middle = (low[at] + high[at]) / 2
-        ok = holds(at, middle)
-        low[at], high[at] = torch.where(ok, middle, low[at]), torch.where(ok, high[at], middle)
-    return low
-
-
-METHODS: dict[str, Callable[..., Tensor]] = {"interval": interval_radius}
-
-
-def _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution) -> tuple[float, ...]:
+def _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution) -> tuple[tuple[float, ...], float]:
     levels = sorted({float(e) for e in (eps if isinstance(eps, Iterable) else [eps])})
     if not levels or not all(0 < e < math.inf for e in levels):
         raise ValueError(f"certify: eps must be positive and finite, got {eps}")
@@ -234,14 +201,18 @@ def _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution) -> 
         raise ValueError(f"certify: method {method!r} is not available in this version; available: {', '.join(METHODS)}")
     if kind not in KINDS:
         raise ValueError(f"certify: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if p not in (1, 2, math.inf):
-        raise ValueError(f"certify: p must be 1, 2 or inf, got {p}")
+    norms = METHODS[method].norms
+    if p is not None and p not in norms:
+        known = " or ".join(f"{n:g}" for n in sorted(norms))
+        raise ValueError(f"certify: p must be {known} for method {method!r}, got {p}")
     for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("resolution", resolution, 0)):
         if value is not None and value < least:
             raise ValueError(f"certify: {name} must be at least {least}, got {value}")
     if pixel_range is not None and not pixel_range[0] < pixel_range[1]:
         raise ValueError(f"certify: pixel_range must be (low, high) with low < high, got {pixel_range}")
-    return tuple(levels)
+    if pixel_range is not None and not METHODS[method].clips:
+        raise ValueError(f"certify: pixel_range must be None for method {method!r}, which knows only whole balls")
+    return tuple(levels), float(norms[0] if p is None else p)
 
 
 def _read(data: Any, limit: int | None) -> tuple[Tensor, Tensor, str]:

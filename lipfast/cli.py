@@ -7,7 +7,6 @@ are imported by what needs them, so that ``--help`` and ``info`` are quick.
 import argparse
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import shlex
@@ -23,7 +22,8 @@ import torch
 
 import lipfast
 from lipfast import recipes
-from lipfast.certify import METHODS, Certificate, certify
+from lipfast._methods import METHODS
+from lipfast.certify import Certificate, certify
 from lipfast.data import NAMES, load
 from lipfast.figures import KINDS, norm_name
 from lipfast.report import report
@@ -95,7 +95,7 @@ def _certify(arguments: argparse.Namespace) -> None:
         load(arguments.data or about["data"], root, "test", arguments.limit),
         arguments.eps or _default_eps(about),
         p=arguments.p,
-        method=arguments.method,
+        method=arguments.method or _default_method(about),
         kind=arguments.kind,
         batch_size=arguments.batch_size,
         pixel_range=arguments.pixel_range and tuple(arguments.pixel_range),
@@ -115,6 +115,12 @@ def _default_eps(about: dict[str, Any]) -> list[float]:
     if not eps:
         raise ValueError("certify: argument --eps: the run names no radius, so name one")
     return [eps / 4, eps / 2, eps]
+
+
+def _default_method(about: dict[str, Any]) -> str:
+    """What the run's recipe trains for; interval where no recipe is known."""
+    recipe = recipes.RECIPES.get(about.get("recipe", ""))
+    return recipe.certificate if recipe else "interval"
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -217,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument("run", metavar="RUN_OR_CHECKPOINT")
     _add_data(certify, default=None)
     certify.add_argument("--eps", type=_number, nargs="+", metavar="EPS", help="radii in pixel units; 8/255 is a number too")
-    certify.add_argument("--p", type=float, default=math.inf, help="norm of the ball: 1, 2 or inf (default)")
-    certify.add_argument("--method", default="interval", help=f"{', '.join(METHODS)} (default: interval)")
+    certify.add_argument("--p", type=float, help="norm of the ball: 1, 2 or inf (default: inf for interval, else 2)")
+    certify.add_argument("--method", help=f"{', '.join(METHODS)} (default: what the run was trained for)")
     certify.add_argument("--kind", default="bound", help="bound: proven (default); estimate: not a certificate")
     certify.add_argument("--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="leave out what no image can be")
     certify.add_argument("--batch-size", type=int, default=256, metavar="N")

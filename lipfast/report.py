@@ -122,15 +122,15 @@ def _summary(runs: list[Run]) -> str:
 def _proven(certificates: list[Certificate]) -> str:
     """At the largest eps of each norm; estimates have no place here."""
     proven = [c for c in certificates if c.kind == "bound"]
-    at = lambda c: f"{_percent(c.certified_accuracy(c.eps[-1]))} at {c.eps[-1]:g} ({figures.norm_name(c.p)})"
+    at = lambda c: f"{_percent(c.certified_accuracy(c.eps[-1]))} at {c.eps[-1]:g} ({figures.norm_name(c.p)}, {c.method})"
     return ", ".join(map(at, proven)) or _MISSING
 
 
 def _certified(runs: list[Run], p: float) -> str:
     """Figure and table of one norm: a row per eps, a column per certificate, bound and estimate side by side."""
-    found = [(run.name, c) for run in runs for c in run.certificates if c.p == p]
+    found = [(f"{run.name}, {c.method}", c) for run in runs for c in run.certificates if c.p == p]
     norm = figures.norm_name(p)
-    head = ["#eps"] + [f"#{name}, {c.method}, {figures.KINDS[c.kind]}" for name, c in found]
+    head = ["#eps"] + [f"#{name}, {figures.KINDS[c.kind]}" for name, c in found]
     rows = [["images", *(f"{len(c.radius)}, {c.data or 'unnamed'}" for _, c in found)]]
     rows.append(["0 (clean)", *(_percent(c.clean_accuracy) for _, c in found)])
     for eps in sorted({e for _, c in found for e in c.eps}):
@@ -141,7 +141,7 @@ def _certified(runs: list[Run], p: float) -> str:
     if any(c.kind == "bound" for _, c in found):
         notes.append("A bound is proven, floating-point rounding included.")
     if any(c.kind == "estimate" for _, c in found):
-        notes.append("An estimate is not a certificate: it is rounded to nearest and proves nothing.")
+        notes.append("An estimate is not a certificate: it leaves out rounding and approaches spectral norms from below.")
     if any(c.pixel_range for _, c in found):
         cut = ", ".join(f"{name} {c.pixel_range}" for name, c in found if c.pixel_range)
         notes.append(f"Balls cut with the range of pixels: {cut}.")

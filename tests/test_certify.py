@@ -119,7 +119,7 @@ def test_only_the_bound_knows_of_rounding():
 @pytest.mark.parametrize(("bound", "logit", "certified"), [(1.0, 0.0, True), (math.inf, 0.0, False), (1.0, math.nan, False)])
 def test_a_bound_or_logit_that_is_not_finite_overrules_the_rest(monkeypatch, bound, logit, certified):
     fake = lambda model, x, label, *_, **__: torch.full((len(x), 3), bound)
-    monkeypatch.setattr(sys.modules["lipfast.certify"], "interval_margin", fake)
+    monkeypatch.setattr(sys.modules["lipfast._methods"], "interval_margin", fake)
     model = nn.Linear(2, 3)
     with torch.no_grad():
         model.bias[1] += logit
@@ -263,9 +263,9 @@ def test_an_estimate_says_that_it_is_no_certificate(tmp_path):
         ({"eps": [0.1, math.nan]}, "eps must be positive and finite"),
         ({"eps": []}, "eps must be positive and finite"),
         ({"eps": math.inf}, "eps must be positive and finite"),
-        ({"method": "liplt"}, "not available in this version; available: interval"),
+        ({"method": "liplt"}, "not available in this version; available: interval, product, local"),
         ({"kind": "guess"}, "kind must be one of bound, estimate"),
-        ({"p": 3}, "p must be 1, 2 or inf, got 3"),
+        ({"p": 3}, "p must be 1 or 2 or inf for method 'interval', got 3"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"resolution": -1}, "resolution must be at least 0, got -1"),

@@ -79,6 +79,26 @@ def test_an_estimate_is_printed_as_one(run, capsys):
     assert Certificate.load(run / "certificate-interval-estimate-linf.npz").kind == "estimate"
 
 
+@pytest.mark.parametrize("recipe", ["gloro", "local"])
+def test_certify_takes_by_default_the_method_of_the_recipe(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", recipe, "--epochs", "1", "--limit", "64", "--out", str(run)]) == 0
+    method = {"gloro": "product", "local": "local"}[recipe]
+    assert main(["certify", str(run), "--limit", "20", "--eps", "0.1"]) == 0
+    assert main(["certify", str(run), "--limit", "20", "--eps", "0.1", "--kind", "estimate"]) == 0
+    assert main(["certify", str(run), "--limit", "20", "--eps", "0.1", "--method", "interval"]) == 0
+    for kind in ("bound", "estimate"):
+        certificate = Certificate.load(run / f"certificate-{method}-{kind}-l2.npz")
+        assert (certificate.method, certificate.kind, certificate.p) == (method, kind, 2)
+        assert (run / f"certificate-{method}-{kind}-l2.png").exists()
+    assert (run / "certificate-interval-bound-linf.npz").exists()
+    assert f"l_2, eps in pixel units; method {method}, bound" in capsys.readouterr().out
+    assert main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert f"run, {method}, bound" in text
+    assert f"run, {method}, estimate: not a certificate" in text
+
+
 def test_report_holds_all_runs(run, capsys):
     main(["certify", str(run), "--limit", "20"])
     other = shutil.copytree(run, run.with_name("other"))
@@ -111,7 +131,7 @@ def test_info_names_versions_and_devices(capsys):
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
         (["train"], "train: the following arguments are required: RECIPE"),
-        (["train", "magic"], "recipe must be one of interval, got 'magic'"),
+        (["train", "magic"], "recipe must be one of interval, gloro, local, got 'magic'"),
         (["train", "interval", "--data", "nowhere"], "nowhere"),
         (["train", "interval", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "interval", "--epochs", "0"], "epochs must be at least 1, got 0"),
@@ -138,8 +158,8 @@ def test_a_wrong_command_gives_one_line(words, message, tmp_path, monkeypatch, c
         (["--eps", "-0.1"], "eps must be positive and finite"),
         (["--eps", "nan"], "eps must be positive and finite"),
         (["--eps", "1/0"], "argument --eps: must be a number, got '1/0'"),
-        (["--p", "3"], "p must be 1, 2 or inf, got 3.0"),
-        (["--method", "liplt"], "not available in this version; available: interval"),
+        (["--p", "3"], "p must be 1 or 2 or inf for method 'interval', got 3.0"),
+        (["--method", "liplt"], "not available in this version; available: interval, product, local"),
         (["--kind", "guess"], "kind must be one of bound, estimate, got 'guess'"),
         (["--data", "mnist", "--root", "absent"], "absent"),
         (["--pixel-range", "0", "0.01"], "pixels must be within pixel_range"),

@@ -70,7 +70,17 @@ def test_tables_hold_the_accuracies_of_each_certificate(tmp_path):
     assert ["0.1", "50.00 %", "75.00 %", "≥ 75.00 %"] in page.rows
     assert ["0.15", "≥ 50.00 %", "75.00 %", "75.00 %"] in page.rows
     assert ["0.2", "25.00 %", "50.00 %", "–"] in page.rows
-    assert ["a", "interval", "digits", "cnn_small", "1,234", "3", "5", "75.00 %", "25.00 % at 0.2 (l_inf)"] in page.rows
+    assert [
+        "a",
+        "interval",
+        "digits",
+        "cnn_small",
+        "1,234",
+        "3",
+        "5",
+        "75.00 %",
+        "25.00 % at 0.2 (l_inf, interval)",
+    ] in page.rows
     assert any("eps in pixel units, l_inf" in text for text in page.texts)
 
 
@@ -79,14 +89,14 @@ def test_each_norm_has_its_own_plot(tmp_path):
     text = report([run], tmp_path / "r.html").read_text()
     assert text.count("<svg") == 3
     assert "Certified accuracy, l_2" in text
-    assert "Balls cut with the range of pixels: a (0.0, 1.0)" in text
+    assert "Balls cut with the range of pixels: a, interval (0.0, 1.0)" in text
 
 
 def test_an_estimate_is_never_shown_without_saying_so(tmp_path):
     proven = report([_run(tmp_path / "a", [_certificate([0.2] * 3)])], tmp_path / "r.html").read_text()
     guessed = report([_run(tmp_path / "b", [_certificate([0.2] * 3, kind="estimate")])], tmp_path / "r.html").read_text()
     assert "estimate" not in proven
-    for place in ("<th[^>]*>[^<]*", r"<text[^>]*>b \(", "<text[^>]*>broad and pale: ", "<p [^>]*>An "):
+    for place in ("<th[^>]*>[^<]*", r"<text[^>]*>b, interval \(", "<text[^>]*>broad and pale: ", "<p [^>]*>An "):
         assert re.search(place + "estimate( is|:) not a certificate", guessed)
 
 

@@ -1,0 +1,139 @@
+"""How :func:`lipfast.certify` proves a radius: one function per method.
+
+A method is prepared once per model, where it may compute what all images share, and returns a function of a batch. Every test
+of a radius is a proof of its own, and a proof at one radius covers all smaller ones, so :func:`_search` may try radii in any
+order: it can miss, never overstate.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lipfast import bounds
+from lipfast.bounds import interval_margin
+from lipfast.ops.certified_radius import certified_radius
+
+Radii = Callable[[Tensor, Tensor], Tensor]  # images (B, ...), their prediction (B,) -> (B,) float64
+_ITERATIONS = 100  # of the power iterations of an estimate: what the papers take at evaluation
+
+
+@dataclass(frozen=True)
+class Task:
+    """What :func:`lipfast.certify` was asked for; ``levels`` ascend."""
+
+    model: nn.Module
+    input_shape: tuple[int, ...]  # of one sample
+    levels: tuple[float, ...]
+    p: float
+    kind: str
+    pixel_range: tuple[float, float] | None
+    resolution: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """``norms``: every p that it knows, first the one it takes by default. ``clips``: it can use a pixel range."""
+
+    prepare: Callable[[Task], Radii]
+    norms: tuple[float, ...]
+    clips: bool = False
+
+
+def interval(task: Task) -> Radii:
+    """The largest radius for which every interval margin of the prediction over the others is positive."""
+
+    def radii(x: Tensor, prediction: Tensor) -> Tensor:
+        def holds(at: Tensor, radius: Tensor) -> Tensor:
+            y = prediction[at]
+            return _positive(interval_margin(task.model, x[at], y, radius, task.p, task.kind, task.pixel_range), y)
+
+        return _search(holds, torch.zeros(len(x), dtype=torch.float64, device=x.device), task)
+
+    return radii
+
+
+def product(task: Task) -> Radii:
+    """Margins at the image over the Lipschitz constants of the whole network: as large as they are, up to the last level."""
+    return _product(task, _norms(task))
+
+
+def local(task: Task) -> Radii:
+    """What :func:`product` proves, then the largest radius with positive margins over the ball of that radius.
+
+    LipLT is never looser and several times the work, and narrowing a gap takes most of the tests: so it tries only the levels
+    that the product of local norms does not reach.
+    """
+    norms = _norms(task)
+    everywhere = _product(task, norms)
+
+    def radii(x: Tensor, prediction: Tensor) -> Tensor:
+        def holds(method: str, at: Tensor, radius: Tensor) -> Tensor:
+            y = prediction[at]
+            found = bounds.local(task.model, x[at], radius, method, task.kind, norms, _ITERATIONS)
+            return _positive(found.margin(y), y)
+
+        reached = _search(partial(holds, "product"), everywhere(x, prediction), task)
+        return _search(partial(holds, "liplt"), reached, replace(task, resolution=0))
+
+    return radii
+
+
+METHODS = {
+    "interval": Method(interval, (math.inf, 1, 2), clips=True),
+    "product": Method(product, (2,)),
+    "local": Method(local, (2,)),
+}
+
+
+def _norms(task: Task) -> bounds.Norms:
+    return bounds.norms(task.model, task.input_shape, task.kind, _ITERATIONS)
+
+
+def _product(task: Task, norms: bounds.Norms) -> Radii:
+    lipschitz = bounds.lipschitz(task.model, task.input_shape, method="product", kind=task.kind, norms=norms)  # (K, K)
+    constants = lipschitz.double()
+    sound = constants.isfinite().all()
+    # In float64: the box that rounding puts around a value grows from layer to layer as boxes do.
+    model = copy.deepcopy(task.model).double() if task.kind == "bound" else task.model
+
+    def radii(x: Tensor, prediction: Tensor) -> Tensor:
+        image = x.double() if task.kind == "bound" else x
+        margin = interval_margin(model, image, prediction, 0.0, task.p, task.kind).double()
+        # As logits: 0 for the prediction, below it for the others, and their differences are the margins, exactly.
+        radius, first = certified_radius(-margin, constants)
+        radius = radius.where((first == prediction) & sound, 0.0)
+        return radius.clamp(max=task.levels[-1])
+
+    return radii
+
+
+def _positive(margin: Tensor, prediction: Tensor) -> Tensor:  # (N, K), (N,) -> (N,) bool
+    others = margin.scatter(1, prediction[:, None], 1.0)
+    return ((others > 0) & margin.isfinite()).all(1)
+
+
+def _search(holds: Callable[[Tensor, Tensor], Tensor], proven: Tensor, task: Task) -> Tensor:  # (B,) -> (B,)
+    """The largest radii found to hold, each of ``task.levels`` tried where it matters, the last gap then halved.
+
+    ``holds`` takes positions in the batch and a radius for each, float64 like all radii here: the ball that is tested must
+    not be smaller than the one reported. ``proven`` (float64) holds already.
+    """
+    ladder = proven.new_tensor([0.0, *task.levels])
+    rung = torch.searchsorted(ladder, proven, right=True) - 1  # highest that holds
+    failed = torch.full_like(rung, len(ladder))  # lowest that does not, or one past the top
+    while (at := (failed - rung > 1).nonzero()[:, 0]).numel():
+        middle = (rung[at] + failed[at]) // 2
+        ok = holds(at, ladder[middle])
+        rung[at], failed[at] = torch.where(ok, middle, rung[at]), torch.where(ok, failed[at], middle)
+    at = (failed < len(ladder)).nonzero()[:, 0]
+    low, high = ladder[rung].maximum(proven), ladder[failed.clamp(max=len(task.levels))]
+    for _ in range(task.resolution if at.numel() else 0):
+        middle = (low[at] + high[at]) / 2
+        ok = holds(at, middle)
+        low[at], high[at] = torch.where(ok, middle, low[at]), torch.where(ok, high[at], middle)
+    return low
