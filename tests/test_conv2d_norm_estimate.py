@@ -181,6 +181,26 @@ def test_compiles_without_graph_break(device):
     torch.testing.assert_close(got, torch.autograd.grad(loss(weight), weight))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", [CASES[3], (None, 128, None, 1, 16, 16, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1), 1)], ids=str)
+def test_can_be_captured_in_a_cuda_graph(case):
+    args, options = inputs(*case, "cuda", torch.float32)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles, and lets cuDNN choose
+        call(*args, **options)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*args, **options)
+    for bad in (None, 0.0, torch.nan):
+        args[0].normal_()
+        if bad is not None:
+            args[3][0] = bad  # the fallback, too, is decided on the device
+        graph.replay()
+        torch.testing.assert_close(captured, call(*args, **options))
+
+
 def test_leading_dimensions_are_broadcast(device):
     args, options = inputs(None, 6, 3, 1, 4, 7, 6, 6, (3, 3), (2, 2), (1, 1), (1, 1), 2, device, torch.float64)
     weight, input_mask, output_mask, start = args

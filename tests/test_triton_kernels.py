@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import lipfast.ops.conv2d_norm_estimate as norm
 import lipfast.ops.interval_conv2d as conv2d
 import lipfast.ops.interval_linear as linear
 from lipfast import rounding
-from tests import test_interval_conv2d, test_interval_linear
+from lipfast.ops.spectral_norm_estimate import _random
+from tests import test_conv2d_norm_estimate, test_interval_conv2d, test_interval_linear
 from tests.checks import DTYPES, assert_near
 
 triton = pytest.importorskip("triton")
@@ -31,6 +33,14 @@ CONV2D = [
     (1, 3, 9, 8, 2, (3, 3), (2, 3), (0, 2), (2, 2), 1),
     (2, 16, 4, 4, 16, (1, 1), (2, 2), (0, 0), (1, 1), 1),
     (1, 1, 2, 40, 1, (1, 2), (1, 5), (0, 0), (1, 1), 1),
+]
+# As in tests/test_conv2d_norm_estimate.py.
+NORM = [
+    (None, 1, None, 1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (None, 0, None, None, 3, 5, 5, 4, (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    (3, 1, None, 3, 2, 3, 3, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (None, None, None, None, 3, 3, 4, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (None, 2, 2, 1, 4, 5, 4, 6, (3, 2), (2, 3), (2, 1), (1, 2), 2),
 ]
 
 
@@ -72,9 +82,13 @@ def ends_kernel(value_ptr, low_ptr, high_ptr, count, BLOCK: tl.constexpr):
 
 
 kernels = SimpleNamespace(
-    linear=pytest.importorskip("lipfast.kernels.interval_linear"), conv2d=pytest.importorskip("lipfast.kernels.interval_conv2d")
+    linear=pytest.importorskip("lipfast.kernels.interval_linear"),
+    conv2d=pytest.importorskip("lipfast.kernels.interval_conv2d"),
+    norm=pytest.importorskip("lipfast.kernels.conv2d_norm_estimate"),
 )
 launch = pytest.importorskip("lipfast.kernels.launch")
+if INTERPRETED:  # the op itself then runs on the kernel
+    torch.library.register_kernel("lipfast::conv2d_norm_estimate", "cpu")(kernels.norm.conv2d_norm_estimate)
 
 
 def agree(kernel, reference, args, *options):
@@ -185,3 +199,54 @@ def test_rounding_steps_outward_to_the_next_number(dtype):
     ends_kernel[(1,)](value, low, high, len(value), BLOCK=16)
     assert torch.equal(low, rounding.down(value, dtype))
     assert torch.equal(high, rounding.up(value, dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("chunk", [16, 128])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(c, torch.float32) for c in NORM] + [(NORM[-1], d) for d in DTYPES if d != torch.float64],
+    ids=str,
+)
+def test_norm_estimate_of_a_convolution(case, dtype, chunk, monkeypatch):
+    monkeypatch.setattr(kernels.norm, "CHUNK", chunk)
+    args, options = test_conv2d_norm_estimate.inputs(*case, "cpu", dtype)
+    wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
+    for iterations in (0, 2):
+        got = kernels.norm.conv2d_norm_estimate(*args, **options, iterations=iterations)
+        want = norm.reference(*wide, **options, iterations=iterations)
+        for g, w, kind in zip(got, want, (dtype, torch.float32, torch.float32), strict=True):
+            assert g.shape == w.shape
+            assert g.dtype == kind
+            assert_near(g, w, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("chunk", [4, 16])
+def test_norm_estimate_of_a_convolution_divides_as_its_reference_does(chunk, monkeypatch):
+    monkeypatch.setattr(kernels.norm, "CHUNK", chunk)
+    rows = torch.randn(8, 11) * torch.tensor([1.0, 1e-44, 1e-30, 1e37, 0.0, 1.0, 1.0, 1.0])[:, None]
+    rows[5, 7], rows[6, 2], rows[7, 9] = torch.nan, torch.inf, -torch.inf
+    rows[0, 3] = 1e-30  # under the mask of the next line, the rest is hidden
+    mask = torch.rand(8, 11) < 0.6
+    mask[0] = torch.arange(11) == 3
+    mask[6:] = True  # leaves the Inf
+    x, spare = (rows * mask)[..., None, None], (_random(11, rows) * mask)[..., None, None]
+    got, length, sigma = torch.empty_like(rows), torch.empty_like(rows), torch.empty(8)
+    kernels.norm._scale(rows, mask, got)
+    torch.testing.assert_close(got, norm._direction(x, spare)[..., 0, 0])
+    kernels.norm._scale(rows, mask, length, unit=True, sigma=sigma)
+    torch.testing.assert_close(length, norm._unit(x)[..., 0, 0], equal_nan=True)
+    want = torch.linalg.vector_norm(x.double(), dim=(1, 2, 3))
+    want[~want.isfinite()] = torch.nan
+    torch.testing.assert_close(sigma.double(), want, rtol=1e-6, atol=1e-45, equal_nan=True)
+
+
+@interpreted
+def test_norm_estimate_of_a_convolution_keeps_what_the_op_promises(monkeypatch):
+    monkeypatch.setattr(kernels.norm, "CHUNK", 128)  # some of the samples below are longer, some are not
+    test_conv2d_norm_estimate.test_op(NORM[2], torch.float32, "cpu")
+    test_conv2d_norm_estimate.test_a_useless_start_is_replaced_for_its_sample_alone(torch.nan, "cpu")
+    test_conv2d_norm_estimate.test_a_weight_that_is_not_finite_gives_nan(torch.inf, "cpu")
+    test_conv2d_norm_estimate.test_nothing_gives_zero_and_finite_vectors("cpu")
+    test_conv2d_norm_estimate.test_leaves_a_start_that_the_operator_maps_to_zero("cpu")

@@ -19,12 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lipfast.kernels import interval_conv2d, interval_linear, launch
+from lipfast.kernels import conv2d_norm_estimate, interval_conv2d, interval_linear, launch
 
 ARCHITECTURES = (80, 90, 100)
 EPILOGUE = "two full accumulators meet two rounded results, once per tile; the loop over the terms keeps to registers"
 FRAGMENTS = "no tensor core: ptxas holds a whole step of W, |W|, m and r; sm_80 and sm_90 have none at this tile"
 ADDRESSES = "a few loop-invariant addresses; ptxas stops at 128 registers for the sake of a fourth block per processor"
+OPTIONAL = ("mask_ptr", "parts_ptr", "sigma_ptr")  # without one of them it is another kernel
 # (kernel, number, architecture): bytes of stack a thread, and why that is accepted.
 ALLOWED_SPILLS = {
     ("interval_linear_kernel", "half", 90): (32, EPILOGUE),
@@ -37,12 +38,13 @@ ALLOWED_SPILLS = {
 }
 NUMBERS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32, "double": torch.float64}
 TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.bool: "*i1", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     int: "i32", float: "fp32", type(None): "constexpr",
 }  # fmt: skip
 # Sizes that lead to each tile of the tables: from large to small.
 LINEAR = [(1024, 4096, 4096), (512, 1024, 1024), (256, 512, 512), (64, 64, 64)]  # M, I, O
 CONV2D = [(64, 128, 16, 128), (256, 64, 16, 64), (2, 64, 8, 64)]  # B, C, H = W, O
+NORM = [(128, 32, 32), (128, 64, 16), (1, 64, 16), (1, 3, 5)]  # B, C, H = W: whole samples, chunks of one, a small one
 
 
 class Recorder:
@@ -60,7 +62,7 @@ def launches(number: str, architecture: int) -> list:
     found: list = []
     kind = 9 if architecture >= 90 else 8
     patches = [mock.patch.object(launch, "family", return_value=kind)]
-    for module in (launch, interval_linear, interval_conv2d):
+    for module in (launch, conv2d_norm_estimate, interval_linear, interval_conv2d):
         names = [
             name for name, value in vars(module).items() if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
         ]
@@ -94,6 +96,11 @@ def call_launchers(dtype: torch.dtype) -> None:
         x, w, g = new(B, 3, 32, 32), new(O, 3, 3, 3), new(B, O, 32, 32)
         interval_conv2d.interval_conv2d(x, x, w, new(O), *where, True)
         interval_conv2d.interval_conv2d_backward(g, g, x, x, w, *where, True, True)
+    for B, C, H in NORM if dtype != torch.float64 else ():  # the convolutions do run: one tap for each channel
+        w, x = new(C, 1, 1, 1), new(B, C, H, H)
+        for mask, start in ((x.bool(), x), (None, None)):
+            where = ([H, H], [1, 1], [0, 0], [1, 1], C)
+            conv2d_norm_estimate.conv2d_norm_estimate(w, mask, mask, start, *where, 1)
 
 
 def source(kernel, args, options):
@@ -130,12 +137,13 @@ def compile_all(architecture: int, number: str) -> list[str]:
     faults, seen, reached = [], set(), set()
     for kernel, args, options in launches(number, architecture):
         name = kernel.__name__
-        tile = tuple(v for k, v in options.items() if k in ("ROWS", "COLUMNS", "BN", "BM", "BP", "BK"))
+        tile = tuple(v for k, v in options.items() if k in ("ROWS", "COLUMNS", "BN", "BM", "BP", "BK", "BLOCK", "PARTS"))
         chosen = {k: options[k] for k in ("num_warps", "num_stages")}
         reached.add((*tile, *chosen.values()))
-        flags = [k for k in ("OUTWARD", "FLAT", "TRANSPOSE") if options.get(k)]
+        flags = [k for k in ("OUTWARD", "FLAT", "TRANSPOSE", "UNIT") if options.get(k)]
         src = source(kernel, args, options)
-        dtype = src.signature["center_ptr"][1:]
+        flags += [f"no {k[:-4]}" for k, kind in src.signature.items() if k in OPTIONAL and kind == "constexpr"]
+        dtype = next(kind for kind in src.signature.values() if kind.startswith("*"))[1:]
         variant = (name, dtype, tile, *chosen.values(), *flags)
         if variant in seen:
             continue
