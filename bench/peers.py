@@ -20,15 +20,17 @@ def of(call: Call) -> dict[str, Callable[..., Tensor]]:
     known = dict(_PEERS.get(call.name, {}))
     if call.options.get("stride", [1, 1]) != [1, 1]:
         known.pop("fft", None)
+    if any(t is None for t in call.args):  # written for masks and a start
+        known.pop("by hand", None)
     return known
 
 
 def check(call: Call) -> None:
     """Never time a wrong peer: all agree with the op where they compute what it does."""
-    (want,) = call.bind(call.op)(*call.args)
     for name, peer in of(call).items():
         if name != "fft":  # of the circular convolution, another operator
-            got = call.bind(peer)(*call.args)[0].to(want)
+            (want,), (got,) = call.bind(call.op)(*call.args), call.bind(peer)(*call.args)
+            got = got.to(want)
             assert ((got - want).abs() <= ACCURACY * want.abs()).all(), (call.name, name, got, want)
 
 
