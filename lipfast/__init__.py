@@ -8,6 +8,7 @@ from lipfast.ops.ball_linear import ball_linear
 from lipfast.ops.certified_radius import certified_radius
 from lipfast.ops.clipped_relu import clipped_relu
 from lipfast.ops.conv2d_norm_bound import conv2d_norm_bound
+from lipfast.ops.conv2d_norm_confidence import conv2d_norm_confidence
 from lipfast.ops.conv2d_norm_estimate import conv2d_norm_estimate
 from lipfast.ops.interval_conv2d import interval_conv2d
 from lipfast.ops.interval_linear import interval_linear
@@ -27,6 +28,7 @@ __all__ = [
     "certify",
     "clipped_relu",
     "conv2d_norm_bound",
+    "conv2d_norm_confidence",
     "conv2d_norm_estimate",
     "interval_conv2d",
     "interval_linear",

@@ -33,15 +33,18 @@ class Task:
     kind: str
     pixel_range: tuple[float, float] | None
     resolution: int
+    failure_probability: float = 0.0  # of all tests of an image together
 
 
 @dataclass(frozen=True)
 class Method:
-    """``norms``: every p that it knows, first the one it takes by default. ``clips``: it can use a pixel range."""
+    """``norms``: every p that it knows, first the one it takes by default. ``clips``: it can use a pixel range. ``draws``: it
+    can be given a failure probability."""
 
     prepare: Callable[[Task], Radii]
     norms: tuple[float, ...]
     clips: bool = False
+    draws: bool = False
 
 
 def interval(task: Task) -> Radii:
@@ -70,15 +73,18 @@ def local(task: Task) -> Radii:
     """
     norms = _norms(task)
     everywhere = _product(task, norms)
+    listed = replace(task, resolution=0)
+    share = task.failure_probability / (_tests(task) + _tests(listed))
 
     def radii(x: Tensor, prediction: Tensor) -> Tensor:
         def holds(method: str, at: Tensor, radius: Tensor) -> Tensor:
             y = prediction[at]
-            found = bounds.local(task.model, x[at], radius, method, task.kind, norms, _ITERATIONS)
+            how = method, task.kind, norms, _ITERATIONS
+            found = bounds.local(task.model, x[at], radius, *how, failure_probability=share)
             return _positive(found.margin(y), y)
 
         reached = _search(partial(holds, "product"), everywhere(x, prediction), task)
-        return _search(partial(holds, "liplt"), reached, replace(task, resolution=0))
+        return _search(partial(holds, "liplt"), reached, listed)
 
     return radii
 
@@ -86,7 +92,7 @@ def local(task: Task) -> Radii:
 METHODS = {
     "interval": Method(interval, (math.inf, 1, 2), clips=True),
     "product": Method(product, (2,)),
-    "local": Method(local, (2,)),
+    "local": Method(local, (2,), draws=True),
 }
 
 
@@ -115,6 +121,11 @@ def _product(task: Task, norms: bounds.Norms) -> Radii:
 def _positive(margin: Tensor, prediction: Tensor) -> Tensor:  # (N, K), (N,) -> (N,) bool
     others = margin.scatter(1, prediction[:, None], 1.0)
     return ((others > 0) & margin.isfinite()).all(1)
+
+
+def _tests(task: Task) -> int:
+    """As often as :func:`_search` tests an image at most: rungs of the ladder halved down to one, then the last gap."""
+    return len(task.levels).bit_length() + task.resolution
 
 
 def _search(holds: Callable[[Tensor, Tensor], Tensor], proven: Tensor, task: Task) -> Tensor:  # (B,) -> (B,)

@@ -22,7 +22,7 @@ from lipfast._version import __version__
 from lipfast.bounds import read
 from lipfast.checkpoint import replace_file
 from lipfast.data import Dataset, unit
-from lipfast.figures import KINDS, norm_name
+from lipfast.figures import KINDS, kind_name, norm_name
 
 
 @dataclass(eq=False)
@@ -36,6 +36,7 @@ class Certificate:
         eps: the radii that were asked for, ascending; nothing larger was tried.
         kind: ``"bound"``, proven, or ``"estimate"``, which is no certificate.
         pixel_range: the box that the ball was cut with, or None.
+        failure_probability: with which the radius of an image may be wrong, over random starts that the method drew; 0: none.
         data, seconds, versions: where it comes from.
     """
 
@@ -49,6 +50,7 @@ class Certificate:
     pixel_range: tuple[float, float] | None = None
     data: str = ""
     seconds: float = 0.0
+    failure_probability: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: {"lipfast": __version__, "torch": torch.__version__})
 
     @property
@@ -79,7 +81,7 @@ class Certificate:
     def __repr__(self) -> str:
         top = self.eps[-1]
         return (
-            f"Certificate({self.method}, {KINDS[self.kind]}, {norm_name(self.p)}, {len(self.radius)} images: "
+            f"Certificate({self.method}, {kind_name(self)}, {norm_name(self.p)}, {len(self.radius)} images: "
             f"clean {self.clean_accuracy:.1%}, at eps {top:g} {self.certified_accuracy(top):.1%})"
         )
 
@@ -108,7 +110,8 @@ class Certificate:
             about["pixel_range"] = about["pixel_range"] and tuple(about["pixel_range"])
             certificate = cls(**{**about, **arrays})
             shapes = {t.shape for t in arrays.values()}
-            if len(shapes) != 1 or certificate.radius.ndim != 1 or certificate.kind not in KINDS or not certificate.eps:
+            known = certificate.kind in KINDS and 0 <= certificate.failure_probability < 1
+            if len(shapes) != 1 or certificate.radius.ndim != 1 or not known or not certificate.eps:
                 raise ValueError("its entries do not fit together")
         except OSError:
             raise
@@ -134,6 +137,7 @@ def certify(
     resolution: int = 6,
     progress: bool = True,
     device: str | torch.device | None = None,
+    failure_probability: float = 0.0,
 ) -> Certificate:
     """Finds the largest radius around each image within which ``model`` provably keeps its prediction.
 
@@ -158,6 +162,9 @@ def certify(
             Lipschitz constants know no other.
         resolution: how often the gap between an eps that holds and the next, which does not, is halved.
         device: where to compute; by default where the model is.
+        failure_probability: for the bounds of method ``"local"``, below 1; 1e-9, say. Above 0, convolutions too are bounded on
+            the units that vary (:func:`lipfast.conv2d_norm_confidence`), and the radius of an image is wrong with at most this
+            probability, over random starts that are drawn anew for every test of a radius and share it.
 
     Raises: ValueError if an argument is out of range, a pixel is NaN or Inf, a label is no class, or the network has a layer
         that is not supported. Pixels outside [0, 1] only warn: the certificate stays true, in units of those pixels.
@@ -165,6 +172,7 @@ def certify(
     if not isinstance(model, nn.Module):
         raise ValueError(f"certify: model must be an nn.Module, got {type(model).__name__}")
     levels, p = _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution)
+    _check_chance(failure_probability, method, kind)
     images, labels, name = _read(data, limit)
     _check_images(images, pixel_range)
     start = time.perf_counter()
@@ -172,7 +180,8 @@ def certify(
     with _evaluating(model, device) as like, torch.no_grad():
         shape = tuple(images.shape[1:])
         _check_labels(labels, read(model, shape).nodes[-1].shape)
-        radii = METHODS[method].prepare(Task(model, shape, levels, p, kind, pixel_range, resolution))
+        task = Task(model, shape, levels, p, kind, pixel_range, resolution, float(failure_probability))
+        radii = METHODS[method].prepare(task)
         for batch in _bar(images.split(batch_size), progress):
             x = batch.to(like) if like is not None else batch
             logits = model(x)
@@ -190,6 +199,7 @@ def certify(
         pixel_range=pixel_range and (float(pixel_range[0]), float(pixel_range[1])),
         data=name,
         seconds=time.perf_counter() - start,
+        failure_probability=float(failure_probability),
     )
 
 
@@ -213,6 +223,15 @@ def _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution) -> 
     if pixel_range is not None and not METHODS[method].clips:
         raise ValueError(f"certify: pixel_range must be None for method {method!r}, which knows only whole balls")
     return tuple(levels), float(norms[0] if p is None else p)
+
+
+def _check_chance(failure_probability: float, method: str, kind: str) -> None:
+    if not 0 <= failure_probability < 1:
+        raise ValueError(f"certify: failure_probability must be from 0 to below 1, got {failure_probability}")
+    if failure_probability and not METHODS[method].draws:
+        raise ValueError(f"certify: failure_probability must be 0 for method {method!r}, got {failure_probability}")
+    if failure_probability and kind != "bound":
+        raise ValueError(f"certify: failure_probability must be 0 for kind {kind!r}, got {failure_probability}")
 
 
 def _read(data: Any, limit: int | None) -> tuple[Tensor, Tensor, str]:

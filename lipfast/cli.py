@@ -25,7 +25,7 @@ from lipfast import recipes
 from lipfast._methods import METHODS
 from lipfast.certify import Certificate, certify
 from lipfast.data import NAMES, load
-from lipfast.figures import KINDS, norm_name
+from lipfast.figures import kind_name, norm_name
 from lipfast.report import report
 
 # The modules of what lipfast[loops] brings, and the names of their packages.
@@ -101,8 +101,10 @@ def _certify(arguments: argparse.Namespace) -> None:
         pixel_range=arguments.pixel_range and tuple(arguments.pixel_range),
         device=arguments.device,
         progress=sys.stderr.isatty(),
+        failure_probability=arguments.failure_probability,
     )
-    stem = f"certificate-{certificate.method}-{certificate.kind}-l{certificate.p:g}"
+    chance = f"-{certificate.failure_probability:g}" if certificate.failure_probability else ""
+    stem = f"certificate-{certificate.method}-{certificate.kind}{chance}-l{certificate.p:g}"
     certificate.save(folder / f"{stem}.npz")
     certificate.plot(folder / f"{stem}.png")
     print(_table(certificate))
@@ -171,8 +173,8 @@ def _table(certificate: Certificate) -> str:
     c = certificate
     cut = f", pixels within {c.pixel_range}" if c.pixel_range else ""
     lines = [
-        f"{c.data}: {len(c.radius)} images, {norm_name(c.p)}, eps in pixel units{cut}; method {c.method}, {KINDS[c.kind]}",
-        f"{'eps':>10}  {'certified accuracy' if c.kind == 'bound' else KINDS[c.kind]}",
+        f"{c.data}: {len(c.radius)} images, {norm_name(c.p)}, eps in pixel units{cut}; method {c.method}, {kind_name(c)}",
+        f"{'eps':>10}  {'certified accuracy' if c.kind == 'bound' else kind_name(c)}",
         f"{'0 (clean)':>10}  {c.clean_accuracy:8.2%}",
         *(f"{eps:10.4g}  {c.certified_accuracy(eps):8.2%}" for eps in c.eps),
     ]
@@ -227,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument("--method", help=f"{', '.join(METHODS)} (default: what the run was trained for)")
     certify.add_argument("--kind", default="bound", help="bound: proven (default); estimate: not a certificate")
     certify.add_argument("--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="leave out what no image can be")
+    certify.add_argument(
+        "--failure-probability",
+        type=_number,
+        default=0.0,
+        metavar="P",
+        help="of an image's bound, for method local: tighter where 1e-9, say, is allowed (default: 0)",
+    )
     certify.add_argument("--batch-size", type=int, default=256, metavar="N")
 
     report = command("report", _report, "Compare run folders in one self-contained HTML file.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lipfast.certify import Certificate
 
-KINDS = {"bound": "bound", "estimate": "estimate: not a certificate"}  # kind -> how every table and plot names it
+KINDS = {"bound": "bound", "estimate": "estimate: not a certificate"}  # without a failure probability
 PALETTE = ("#1f5fa8", "#c4571b", "#2d7d4e", "#83509e", "#8a6d1f", "#5c6670")  # dark enough for print
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -29,6 +29,12 @@ _STYLE: Any = {
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",  # text stays text: it can be searched and takes the page's font
 }
+
+
+def kind_name(certificate: "Certificate") -> str:
+    """How sure a certificate is, as every table and plot names it."""
+    chance = certificate.failure_probability
+    return KINDS[certificate.kind] + (f" with probability 1 - {chance:g}" if chance else "")
 
 
 def norm_name(p: float) -> str:
@@ -53,9 +59,10 @@ def certified_accuracy(certificates: Sequence[tuple[str, "Certificate"]]) -> Any
             color = PALETTE[names.index(name) % len(PALETTE)]
             eps, accuracy = c.curve()
             if c.kind == "estimate":
-                look: dict[str, Any] = {"linewidth": 5, "alpha": 0.3, "label": _plain(f"{name} ({KINDS[c.kind]})"), "zorder": 1}
+                look: dict[str, Any] = {"linewidth": 5, "alpha": 0.3, "label": _plain(f"{name} ({kind_name(c)})"), "zorder": 1}
             else:
-                look = {"label": _plain(name), "zorder": 2}
+                label = f"{name} ({kind_name(c)})" if c.failure_probability else name
+                look = {"label": _plain(label), "zorder": 2}
                 axes.plot(c.eps, [100 * c.certified_accuracy(e) for e in c.eps], "o", color=color, markersize=4)
             axes.step(eps, [100 * a for a in accuracy], color=color, **look)
         axes.set(xlim=(0, None), ylim=(0, 101), ylabel="certified accuracy (%)")

@@ -122,7 +122,9 @@ def _summary(runs: list[Run]) -> str:
 def _proven(certificates: list[Certificate]) -> str:
     """At the largest eps of each norm; estimates have no place here."""
     proven = [c for c in certificates if c.kind == "bound"]
-    at = lambda c: f"{_percent(c.certified_accuracy(c.eps[-1]))} at {c.eps[-1]:g} ({figures.norm_name(c.p)}, {c.method})"
+    chance = lambda c: f", {figures.kind_name(c)}" if c.failure_probability else ""
+    how = lambda c: f"{figures.norm_name(c.p)}, {c.method}{chance(c)}"
+    at = lambda c: f"{_percent(c.certified_accuracy(c.eps[-1]))} at {c.eps[-1]:g} ({how(c)})"
     return ", ".join(map(at, proven)) or _MISSING
 
 
@@ -130,7 +132,7 @@ def _certified(runs: list[Run], p: float) -> str:
     """Figure and table of one norm: a row per eps, a column per certificate, bound and estimate side by side."""
     found = [(f"{run.name}, {c.method}", c) for run in runs for c in run.certificates if c.p == p]
     norm = figures.norm_name(p)
-    head = ["#eps"] + [f"#{name}, {figures.KINDS[c.kind]}" for name, c in found]
+    head = ["#eps"] + [f"#{name}, {figures.kind_name(c)}" for name, c in found]
     rows = [["images", *(f"{len(c.radius)}, {c.data or 'unnamed'}" for _, c in found)]]
     rows.append(["0 (clean)", *(_percent(c.clean_accuracy) for _, c in found)])
     for eps in sorted({e for _, c in found for e in c.eps}):
@@ -138,8 +140,10 @@ def _certified(runs: list[Run], p: float) -> str:
     rows.append(["seconds", *(f"{c.seconds:.1f}" for _, c in found)])
     drawing = figures.svg(figures.certified_accuracy(found), salt=f"certified {norm}")
     notes = [f"eps in pixel units, {norm}: each image may move by up to eps in this norm, in units of the pixels handed over."]
-    if any(c.kind == "bound" for _, c in found):
+    if any(c.kind == "bound" and not c.failure_probability for _, c in found):
         notes.append("A bound is proven, floating-point rounding included.")
+    if any(c.failure_probability for _, c in found):
+        notes.append("A bound with probability: so probable for each image by itself, over random starts that lipfast drew.")
     if any(c.kind == "estimate" for _, c in found):
         notes.append("An estimate is not a certificate: it leaves out rounding and approaches spectral norms from below.")
     if any(c.pixel_range for _, c in found):

@@ -1,16 +1,19 @@
 """Certificates from Lipschitz constants: methods "product" and "local"."""
 
 import copy
+import json
 import math
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lipfast import bounds, checkpoint
 from lipfast.bounds import interval_margin
-from lipfast.certify import certify
+from lipfast.certify import Certificate, certify
 from lipfast.data import load, unit
 from lipfast.nn import ClippedReLU, MaxMin
 from lipfast.train import train
@@ -145,12 +148,14 @@ def test_listed_eps_are_tried_with_liplt_where_the_product_fails(monkeypatch):
     model, asked = _mlp(1), []
     data = _data(model)
     local = bounds.local
-    monkeypatch.setattr(_module().bounds, "local", lambda m, x, r, how, *a: asked.append((how, r)) or local(m, x, r, how, *a))
+    monkeypatch.setattr(
+        _module().bounds, "local", lambda m, x, r, how, *a, **o: asked.append((how, r)) or local(m, x, r, how, *a, **o)
+    )
     certificate = _certify(model, data, "local", resolution=2)
     tried = torch.cat([r for how, r in asked if how == "liplt"])
     assert set(tried.tolist()) <= set(EPS)
     asked.clear()
-    monkeypatch.setattr(_module().bounds, "local", lambda m, x, r, how, *a: local(m, x, r, "product", *a))
+    monkeypatch.setattr(_module().bounds, "local", lambda m, x, r, how, *a, **o: local(m, x, r, "product", *a, **o))
     product = _certify(model, data, "local", resolution=2)
     assert (certificate.radius >= product.radius).all()
     assert (certificate.radius > product.radius).any()
@@ -182,7 +187,7 @@ def test_what_the_product_proves_asks_for_no_local_bound(monkeypatch):
     data = _data(model)
     product = _certify(model, data, "product").radius
     local = bounds.local
-    monkeypatch.setattr(_module().bounds, "local", lambda m, x, r, *a: asked.append((x, r)) or local(m, x, r, *a))
+    monkeypatch.setattr(_module().bounds, "local", lambda m, x, r, *a, **o: asked.append((x, r)) or local(m, x, r, *a, **o))
     _certify(model, data, "local")
     assert asked
     for x, radius in asked:
@@ -250,6 +255,84 @@ def test_only_the_bound_knows_of_rounding():
     radius = {kind: _certify(model, (x, y), "product", kind=kind).radius.item() for kind in KINDS}
     assert radius["estimate"] > 0
     assert radius["bound"] == 0
+
+
+def _dead_units() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)
+    )
+    with torch.no_grad():
+        model[0].bias.uniform_(-0.6, 0.1)
+        model[2].bias.uniform_(-0.6, 0.1)
+    return model
+
+
+def test_a_failure_probability_certifies_more_and_no_attack_breaks_it(tmp_path):
+    model = _dead_units()
+    data = _data(model, 24, (1, 8, 8))
+    levels = {"eps": (0.01, 0.02, 0.05, 0.1)}
+    proven, found = (_certify(model, data, "local", failure_probability=p, **levels) for p in (0.0, 1e-6))
+    assert (found.radius > proven.radius).double().mean() > 0.3
+    assert (found.radius >= proven.radius - 0.05 * 0.5**6).all()
+    assert not broken(found, model, data[0]).any()
+    assert (proven.failure_probability, found.failure_probability) == (0.0, 1e-6)
+    assert "local, bound with probability 1 - 1e-06, l_2" in repr(found)
+    assert "probability" not in repr(proven)
+    found.save(tmp_path / "c.npz")
+    assert Certificate.load(tmp_path / "c.npz").failure_probability == 1e-6
+
+
+@pytest.mark.parametrize("levels", [(0.01,), (0.01, 0.02), (0.01, 0.02, 0.03), (0.01, 0.02, 0.05, 0.1)])
+def test_all_tests_of_an_image_share_the_failure_probability(monkeypatch, levels):
+    """Whatever the outcomes: they are made up here, and the worst of many comes near the count that the share assumes."""
+    model, spent = _dead_units(), {}
+    data = _data(model, 24, (1, 8, 8))
+
+    def local(m, x, radius, *_, failure_probability, **__):
+        for image in x:
+            key = image.sum().item()
+            spent[key] = spent.get(key, 0.0) + failure_probability
+        return SimpleNamespace(margin=lambda y: torch.randn(len(y), 1).expand(-1, 3))
+
+    monkeypatch.setattr(_module().bounds, "local", local)
+    for _ in range(5):
+        spent.clear()
+        _certify(model, data, "local", eps=levels, resolution=3, failure_probability=1e-6)
+        assert len(spent) == 24
+        assert max(spent.values()) <= 1e-6 * (1 + 1e-12)
+        worst = max(spent.values())
+    assert worst > 0.7e-6
+
+
+def test_a_certificate_from_before_has_no_failure_probability(tmp_path):
+    model = _mlp()
+    _certify(model, _data(model), "product").save(tmp_path / "c.npz")
+    stored = dict(np.load(tmp_path / "c.npz"))
+    about = json.loads(str(stored["about"]))
+    assert about.pop("failure_probability") == 0
+    np.savez(tmp_path / "old.npz", **{**stored, "about": json.dumps(about)})
+    assert Certificate.load(tmp_path / "old.npz").failure_probability == 0
+    for wrong in (-0.1, 1.0, "none"):
+        np.savez(tmp_path / "wrong.npz", **{**stored, "about": json.dumps({**about, "failure_probability": wrong})})
+        with pytest.raises(ValueError, match="damaged or no certificate"):
+            Certificate.load(tmp_path / "wrong.npz")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "chance", "message"),
+    [
+        ("local", "bound", 1.0, "failure_probability must be from 0 to below 1, got 1.0"),
+        ("local", "bound", -1e-9, "failure_probability must be from 0 to below 1, got -1e-09"),
+        ("local", "bound", math.nan, "failure_probability must be from 0 to below 1, got nan"),
+        ("product", "bound", 1e-9, "failure_probability must be 0 for method 'product', got 1e-09"),
+        ("interval", "bound", 1e-9, "failure_probability must be 0 for method 'interval', got 1e-09"),
+        ("local", "estimate", 1e-9, "failure_probability must be 0 for kind 'estimate', got 1e-09"),
+    ],
+)
+def test_a_failure_probability_belongs_to_local_bounds(method, kind, chance, message):
+    with pytest.raises(ValueError, match=message):
+        _certify(_mlp(), _data(_mlp()), method, kind=kind, failure_probability=chance)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -89,12 +89,20 @@ def test_certify_takes_by_default_the_method_of_the_recipe(recipe, tmp_path, cap
     assert main(["certify", str(run), "--limit", "20", "--eps", "0.1", "--method", "interval"]) == 0
     for kind in ("bound", "estimate"):
         certificate = Certificate.load(run / f"certificate-{method}-{kind}-l2.npz")
+        assert certificate.failure_probability == 0
         assert (certificate.method, certificate.kind, certificate.p) == (method, kind, 2)
         assert (run / f"certificate-{method}-{kind}-l2.png").exists()
     assert (run / "certificate-interval-bound-linf.npz").exists()
-    assert f"l_2, eps in pixel units; method {method}, bound" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"l_2, eps in pixel units; method {method}, bound" in told
+    assert "probability" not in told
+    words = ["certify", str(run), "--limit", "4", "--eps", "0.1", "--method", "local", "--failure-probability", "1e-6"]
+    assert main(words) == 0
+    assert "method local, bound with probability 1 - 1e-06" in capsys.readouterr().out
+    assert Certificate.load(run / "certificate-local-bound-1e-06-l2.npz").failure_probability == 1e-6
     assert main(["report", str(run)]) == 0
     text = (run / "report.html").read_text()
+    assert "run, local, bound with probability 1 - 1e-06" in text
     assert f"run, {method}, bound" in text
     assert f"run, {method}, estimate: not a certificate" in text
 
@@ -160,6 +168,8 @@ def test_a_wrong_command_gives_one_line(words, message, tmp_path, monkeypatch, c
         (["--eps", "1/0"], "argument --eps: must be a number, got '1/0'"),
         (["--p", "3"], "p must be 1 or 2 or inf for method 'interval', got 3.0"),
         (["--method", "liplt"], "not available in this version; available: interval, product, local"),
+        (["--failure-probability", "1e-9"], "failure_probability must be 0 for method 'interval', got 1e-09"),
+        (["--failure-probability", "some"], "argument --failure-probability: must be a number, got 'some'"),
         (["--kind", "guess"], "kind must be one of bound, estimate, got 'guess'"),
         (["--data", "mnist", "--root", "absent"], "absent"),
         (["--pixel-range", "0", "0.01"], "pixels must be within pixel_range"),

@@ -7,6 +7,7 @@ from torch import nn
 import lipfast.nn
 from lipfast import models
 from lipfast.bounds import interval, lipschitz, local, local_lipschitz, norms
+from lipfast.bounds.norms import Operator
 from tests.test_lipschitz import _inside, small_networks, steepest
 
 EPS = 0.3
@@ -180,6 +181,104 @@ def test_liplt_sees_through_the_last_linear_layers_of_a_convolutional_network():
     assert (local(model, x, 0.1, "liplt").pairwise()[:, 0, 1] < 0.8 * local(model, x, 0.1).pairwise()[:, 0, 1]).all()
 
 
+def _dead_units() -> tuple[nn.Module, torch.Tensor]:
+    """Two convolutions of whose units most are constant, one with a scaling beside it that is merged into its weight."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8).eval()
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    convolutions = [nn.Conv2d(2, 8, 3, 1, 1), norm, nn.ReLU(), nn.Conv2d(8, 8, 4, 2, 1), nn.ReLU()]
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(200, 3))
+    with torch.no_grad():
+        model[0].bias.uniform_(-2.0, 0.5)
+        model[3].bias.uniform_(-1.0, 0.2)
+    return model, torch.randn(4, 2, 10, 10)
+
+
+@pytest.mark.parametrize("method", ["product", "liplt"])
+def test_a_failure_probability_masks_convolutions(method):
+    """sampled slopes <= with masks, by a margin less than without"""
+    model, x = _dead_units()
+    proven, found = (local(model, x, 0.1, method, failure_probability=p) for p in (0.0, 1e-6))
+    assert (found.lipschitz < 0.9 * proven.lipschitz).all()
+    assert (found.pairwise() <= proven.pairwise()).all()
+    assert (found.margin(torch.arange(4) % 3) >= proven.margin(torch.arange(4) % 3)).all()
+    exact, wide = model.double(), x.double()
+    for _ in range(10):
+        inside = wide + _inside(wide, 0.09)
+        assert (steepest(exact, inside, 0.01) <= found.pairwise() + 1e-12).all()
+
+
+def test_masked_convolutions_have_the_norm_of_their_matrices():
+    model, x = _dead_units()
+    model, x = model.double(), x.double()
+    found = local(model, x, 0.1, failure_probability=1e-6)
+    masks = [(upper > 0).double().flatten(1) for _, upper in found.layers.values()]
+    matrix = lambda module, shape: torch.autograd.functional.jacobian(module, torch.zeros(1, *shape, dtype=torch.float64))
+    first = matrix(model[:2], (2, 10, 10)).reshape(800, 200)
+    second = matrix(model[3], (8, 10, 10)).reshape(200, 800)
+    for b in range(4):
+        want = torch.linalg.matrix_norm(masks[0][b][:, None] * first, 2)
+        want = want * torch.linalg.matrix_norm(masks[1][b][:, None] * second * masks[0][b], 2)
+        assert want <= found.lipschitz[b] <= want * 1.05
+
+
+class _ReadTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 3, 1, 1), nn.Linear(32, 3)
+
+    def forward(self, x):
+        hidden = self.inner(torch.relu(self.first(x)))
+        return self.last((torch.relu(hidden) + hidden).flatten(1))
+
+
+def test_convolutions_share_the_failure_probability_and_draw_once(monkeypatch):
+    shares = []
+    confidence = Operator.confidence
+    record = lambda self, i, o, p, bound: shares.append((self.name, p)) or confidence(self, i, o, p, bound)
+    monkeypatch.setattr(Operator, "confidence", record)
+    model, x = _dead_units()
+    local(model, x, 0.1, failure_probability=1e-6)
+    assert shares == [("0", 5e-7), ("3", 5e-7)]
+    shares.clear()
+    model, shape = small_networks()["residual"]
+    local(model, torch.randn(2, *shape), 0.1, failure_probability=1e-6)
+    names = [name for name, _ in shares]
+    assert len(names) == len(set(names)) > 1
+    assert sum(p for _, p in shares) <= 1e-6 * (1 + 1e-12)
+    shares.clear()
+    local(_ReadTwice(), torch.randn(2, 1, 4, 4), 0.1, failure_probability=1e-6)
+    assert shares == [("first", 5e-7), ("inner", 5e-7)]  # the sum of its two readers takes the bound over all inputs
+    shares.clear()
+    local(model, torch.randn(2, *shape), 0.1)
+    local(model, torch.randn(2, *shape), 0.1, "global", failure_probability=1e-6)
+    assert not shares
+
+
+@pytest.mark.parametrize("name", [n for n, (_, shape) in small_networks().items() if len(shape) == 3])
+def test_a_failure_probability_is_never_looser(name):
+    model, shape = small_networks()[name]
+    x = torch.randn(4, *shape)
+    proven, found = (local(model, x, EPS, failure_probability=p).pairwise() for p in (0.0, 1e-6))
+    assert (found <= proven).all()
+    exact, wide = model.double(), x.double()
+    for _ in range(5):
+        inside = wide + _inside(wide, 0.9 * EPS)
+        assert (steepest(exact, inside, 0.1 * EPS) <= found + 1e-12).all()
+
+
+def test_a_convolution_over_a_line_is_masked_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 6, 3, 1, 1), nn.ReLU(), nn.Conv1d(6, 6, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)
+    )
+    with torch.no_grad():
+        model[0].bias.fill_(-0.8)
+    x = torch.randn(3, 2, 12)
+    proven, found = (local(model, x, 0.05, failure_probability=p).lipschitz for p in (0.0, 1e-6))
+    assert (found < 0.95 * proven).all()
+
+
 def test_constant_networks_have_constant_zero():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
@@ -261,8 +360,25 @@ def test_a_broken_weight_never_gives_a_margin(broken, kind):
         assert not ((margin > 0) & margin.isfinite()).scatter(1, label[:, None], True).all(1).any()
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e300])
+def test_a_broken_convolution_gives_no_margin_whatever_the_failure_probability(broken):
+    for at in (0, 3):
+        model, x = _dead_units()
+        model, x = model.double(), x.double()
+        with torch.no_grad():
+            model[at].weight[0, 0, 1, 1] = broken
+        label = torch.arange(4) % 3
+        margin = local(model, x, 0.1, failure_probability=1e-6).margin(label)
+        assert not ((margin > 0) & margin.isfinite()).scatter(1, label[:, None], True).all(1).any()
+
+
 def test_names_what_is_wrong():
     model, x = models.mlp((6, 8, 3)), torch.rand(2, 6)
+    for chance in (-1e-9, 1.0, math.nan):
+        with pytest.raises(ValueError, match="failure_probability: from 0 to below 1 expected, got"):
+            local(model, x, 0.1, failure_probability=chance)
+    with pytest.raises(ValueError, match="failure_probability: 0 for an estimate expected, got 1e-09"):
+        local(model, x, 0.1, kind="estimate", failure_probability=1e-9)
     for eps in (0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="eps: positive and finite expected, got"):
             local(model, x, eps)

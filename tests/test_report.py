@@ -58,6 +58,22 @@ class _Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def test_a_failure_probability_shows_wherever_its_bound_does(tmp_path):
+    certain, likely = _certificate([0.2] * 3), _certificate([0.2] * 3, failure_probability=1e-9)
+    label = "bound with probability 1 - 1e-09"
+    text = report([_run(tmp_path / "a", [likely])], tmp_path / "r.html").read_text()
+    page = _Page(text)
+    assert any(f"a, interval, {label}" in row for row in page.rows)
+    assert any(f"(l_inf, interval, {label})" in cell for row in page.rows for cell in row)
+    assert f"a, interval ({label})" in page.texts  # the plot's legend
+    assert "so probable for each image by itself" in text
+    assert "A bound is proven" not in text
+    both = report([_run(tmp_path / "b", [certain, likely])], tmp_path / "r.html").read_text()
+    assert "A bound is proven" in both
+    assert any("b, interval, bound" in row and f"b, interval, {label}" in row for row in _Page(both).rows)
+    assert "probab" not in report([_run(tmp_path / "c", [certain])], tmp_path / "r.html").read_text()
+
+
 def test_tables_hold_the_accuracies_of_each_certificate(tmp_path):
     bound = _certificate([0.3, 0.15, 0.05, 0.3])
     estimate = _certificate([0.3, 0.3, 0.15, 0.3], kind="estimate")

@@ -132,6 +132,7 @@ def local(
     iterations: int = 2,
     keep_layers: bool = True,
     box_gradient: bool = True,
+    failure_probability: float = 0.0,
 ) -> Local:
     """Local Lipschitz bounds of ``model`` over l2 balls of radius ``eps`` around ``x``.
 
@@ -144,19 +145,26 @@ def local(
             estimate, over the Linear layers after the last other one for a bound; "global": product of the norms over all
             inputs, without masks, whose boxes and margins are those of Lee et al. 2020 (BCP).
         kind: "bound": proven, rounding included, without gradient; masks enter the norms of Linear layers, a convolution
-            has its norm over all inputs. "estimate": for training, differentiable in the parameters; every norm is a power
-            iteration with the sample's masks, which is a lower estimate.
+            has its norm over all inputs unless there is a ``failure_probability``. "estimate": for training, differentiable in
+            the parameters; every norm is a power iteration with the sample's masks, which is a lower estimate.
         norms: from :func:`lipfast.bounds.norms`, of the same kind and parameters, to save their computation; the vectors of
             an estimate are where each sample's iteration starts.
         iterations: of each sample's power iteration.
         keep_layers: False leaves ``layers`` empty, and saves the memory of keeping every box.
         box_gradient: False takes boxes for constants, which saves most of an estimate's memory and time: constants carry the
             same gradient as ever, margins miss what the last box would add.
+        failure_probability: of a bound, from 0 to below 1. Above 0 masks enter the norms of convolutions too, by
+            :func:`lipfast.conv2d_norm_confidence`: all bounds of one image hold together with probability
+            1 - ``failure_probability`` over the random starts, which each call draws anew. Never looser than 0, and slow.
 
     Raises: ValueError for NaN or Inf in x, an eps that is not positive, an unknown kind, norms of the other kind or of another
-        model, or a layer without a rule, which it names.
+        model, a failure_probability out of range or of an estimate, or a layer without a rule, which it names.
     """
     check_kind(kind)
+    if not 0 <= failure_probability < 1:
+        raise ValueError(f"failure_probability: from 0 to below 1 expected, got {failure_probability}")
+    if failure_probability and kind != "bound":
+        raise ValueError(f"failure_probability: 0 for an estimate expected, got {failure_probability}")
     if method not in ("liplt", "product", "global"):
         raise ValueError(f"method: 'liplt', 'product' or 'global' expected, got {method!r}")
     radius = _radius(x, eps, kind)
@@ -167,7 +175,7 @@ def local(
         last = _final_linear(network)
         until = network if last is None else network.until(network.nodes[-1].inputs[0])
         layers: dict[str, Box] = {}
-        walk = _Walk(until, kind, norms, iterations, radius, method, box_gradient, x.dtype)
+        walk = _Walk(until, kind, norms, iterations, radius, method, box_gradient, x.dtype, failure_probability)
         hidden, gain = walk.last_value(x, layers if keep_layers else None, tail(network))
         logits = hidden.center[0].to(x.dtype)
         logits = logits if last is None else nn.functional.linear(logits, last.weight, last.bias)
@@ -226,6 +234,7 @@ class _Walk:
         method: str,
         box_gradient: bool,
         dtype: torch.dtype,
+        failure_probability: float,
     ):
         self.box_gradient, self.dtype = box_gradient, dtype
         self.network, self.kind, self.norms, self.iterations, self.radius = network, kind, norms, iterations, radius
@@ -235,6 +244,9 @@ class _Walk:
         self.operators = operators(network, kind)
         self.merged = {at: op for op in self.operators.values() for at in (op.first, op.last)}
         check_norms(norms, kind, self.operators.values())
+        convolutions = sum(isinstance(operator.layer, Conv) for operator in self.operators.values())
+        self.share = failure_probability / max(1, convolutions)  # of a convolution that has not drawn its start yet
+        self.drawn: set[str] = set()
 
     def last_value(self, x: Tensor, layers: dict[str, Box] | None, tail: int) -> tuple[_Value, Tensor]:
         values: list = []
@@ -257,13 +269,23 @@ class _Walk:
             return value.gain
         operator, input_mask = value.pending
         if self.kind == "bound":
-            masked = isinstance(operator.layer, Linear) and (input_mask is not None or output_mask is not None)
-            sigma = operator.bound(input_mask, output_mask) if masked else self.norms.sigma[operator.name]
-            return value.gain * sigma * UP
+            return value.gain * self.sigma(operator, input_mask, output_mask) * UP
         if input_mask is None and output_mask is None:
             return value.gain * self.norms.sigma[operator.name]
         start = self.norms.vectors[operator.name]
         return value.gain * operator.estimate(input_mask, output_mask, start, self.iterations)[0]
+
+    def sigma(self, operator: Operator, input_mask: Tensor | None, output_mask: Tensor | None) -> Tensor:
+        """The proven norm, with the masks where that is possible."""
+        everywhere = self.norms.sigma[operator.name]
+        if input_mask is None and output_mask is None:
+            return everywhere
+        if isinstance(operator.layer, Linear):
+            return operator.bound(input_mask, output_mask)
+        if not self.share or operator.name in self.drawn:  # each further start would be one more that can fail
+            return everywhere
+        self.drawn.add(operator.name)
+        return operator.confidence(input_mask, output_mask, self.share, everywhere)
 
     def value(self, position: int, layer: Layer, name: str, inputs: Sequence[_Value], x: Tensor) -> _Value:
         if isinstance(layer, Input):

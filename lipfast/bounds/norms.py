@@ -18,6 +18,7 @@ from lipfast.bounds.network import Network, read
 from lipfast.ops.ball_conv2d import ball_conv2d
 from lipfast.ops.ball_linear import ball_linear
 from lipfast.ops.conv2d_norm_bound import conv2d_norm_bound
+from lipfast.ops.conv2d_norm_confidence import conv2d_norm_confidence
 from lipfast.ops.conv2d_norm_estimate import conv2d_norm_estimate
 from lipfast.ops.spectral_norm_bound import spectral_norm_bound
 from lipfast.ops.spectral_norm_estimate import spectral_norm_estimate
@@ -83,6 +84,18 @@ class Operator:
             sigma = conv2d_norm_bound(input_size=self._size(), **conv2d_arguments(replace(self.layer, weight=weight)))
             entries = weight.norm() * weight[0, 0].numel() ** 0.5  # a matrix of norms |W| has at most this norm
         return (sigma + self.error * entries) * UP if self.error else sigma
+
+    def confidence(
+        self, input_mask: Tensor | None, output_mask: Tensor | None, failure_probability: float, bound: Tensor
+    ) -> Tensor:  # (B,) float64
+        """A convolution's norm for each sample's masks: above it but with ``failure_probability``, and at most ``bound``."""
+        assert isinstance(self.layer, Conv)
+        layer = replace(self.layer, weight=self.layer.weight.double())
+        rest: dict[str, Any] = {"input_mask": _rows(layer, input_mask), "output_mask": _rows(layer, output_mask)}
+        rest |= {"failure_probability": failure_probability, "bound": bound}
+        sigma = conv2d_norm_confidence(input_size=self._size(), **rest, **conv2d_arguments(layer))
+        entries = layer.weight.norm() * layer.weight[0, 0].numel() ** 0.5
+        return torch.minimum((sigma + self.error * entries) * UP, bound) if self.error else sigma
 
     def row_norms(self, kind: str) -> Tensor:  # (1, O, ...)
         """The l2 norm of every row of ``plain``: how far each output moves over a unit ball of inputs. float64 for a bound."""
