@@ -9,7 +9,7 @@ from lipfast import conv2d_norm_bound
 from tests.checks import DTYPES, check_op
 
 #     C, H, W, O, kernel, stride, padding, dilation, groups
-ZEROS = [
+CASES = [
     (3, 7, 6, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
     (1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1),
     (4, 1, 1, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),  # one pixel, one tap of use
@@ -66,7 +66,7 @@ def norm(weight, input_size, padding, padding_mode="zeros", **where):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ZEROS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_op(case, dtype, device):
     weight, options = inputs(*case, device, dtype)
     check_op(SIGMA, (weight,), gradient=False, **options, circular=False, explicit=1024, iterations=8)
@@ -74,7 +74,7 @@ def test_op(case, dtype, device):
 
 @pytest.mark.parametrize("explicit", [0, 1024])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ZEROS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_is_never_below_the_norm(case, dtype, explicit, device):
     for _ in range(3):
         weight, options = inputs(*case, device, dtype)
@@ -131,7 +131,7 @@ def test_more_iterations_tighten(device):
 
 
 def test_frequencies_in_parts_give_the_same(device, monkeypatch):
-    weight, options = inputs(*ZEROS[6], device, torch.float64)
+    weight, options = inputs(*CASES[6], device, torch.float64)
     whole = conv2d_norm_bound(weight, **options, explicit=0)
     monkeypatch.setattr(module, "_PART", 1)
     torch.testing.assert_close(conv2d_norm_bound(weight, **options, explicit=0), whole, rtol=1e-12, atol=0)
@@ -152,14 +152,14 @@ def test_gradient_is_that_of_the_norm_on_the_torus(padding_mode, device):
 
 @pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-30, 1e30, 1e300])
 def test_survives_extreme_scales(scale, device):
-    weight, options = inputs(*ZEROS[6], device, torch.float64)
+    weight, options = inputs(*CASES[6], device, torch.float64)
     bound = conv2d_norm_bound(weight * scale, **options)
     exact = norm(weight, **options) * scale
     assert exact * (1 - 1e-14) <= bound <= exact * 1.001 + 1e-322
 
 
 def test_zero_gives_zero_and_nan_and_inf_stay_visible(device):
-    weight, options = inputs(*ZEROS[6], device, torch.float32)
+    weight, options = inputs(*CASES[6], device, torch.float32)
     assert conv2d_norm_bound(torch.zeros_like(weight), **options) == 0
     for bad in (float("nan"), float("inf"), -float("inf")):
         weight[3, 1, 0, 1] = bad
@@ -173,7 +173,7 @@ def test_rounds_up_beyond_the_range_of_the_dtype(device):
 
 
 def test_compiles_without_graph_break(device):
-    weight, options = inputs(*ZEROS[6], device, torch.float32)
+    weight, options = inputs(*CASES[6], device, torch.float32)
     weight.requires_grad_()
     loss = lambda w: conv2d_norm_bound(w, **options).square()
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(weight), weight)
