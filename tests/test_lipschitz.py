@@ -17,7 +17,11 @@ def small_networks():
     head = lambda n: (nn.Flatten(), nn.Linear(n, 8), nn.ReLU(), nn.Linear(8, 3))
     bn = nn.BatchNorm2d(4).eval()
     nn.init.normal_(bn.weight), nn.init.normal_(bn.running_mean)
+    smaller, larger = nn.BatchNorm1d(16).eval(), nn.BatchNorm1d(5).eval()  # a bound that forgets or repeats them is wrong
+    nn.init.constant_(smaller.weight, 0.1), nn.init.constant_(larger.weight, 10.0)
     return {
+        "shared scaling": (nn.Sequential(nn.Linear(5, 16), smaller, *models.mlp((16, 16, 3))[1:]), (5,)),
+        "scaled input": (nn.Sequential(larger, *models.mlp((5, 16, 3))[1:]), (5,)),
         "mlp": (models.mlp((5, 16, 16, 3)), (5,)),
         "clipped": (models.mlp((5, 16, 16, 3), "clipped_relu"), (5,)),
         "max_min": (models.mlp((5, 16, 16, 3), "max_min"), (5,)),

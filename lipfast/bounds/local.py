@@ -257,7 +257,12 @@ class _Walk:
                 layers[_fresh(node.name, layers)] = self.box(inputs[0])
             values.append(self.value(position, node.layer, node.name, inputs, x))
             if position == tail and self.method == "liplt":
-                self.before_tail = self.gain(values[-1]), values[-1].varying
+                gain = self.gain(values[-1])
+                if any(operator.first == position for operator in self.operators.values()) and isinstance(node.layer, Scale):
+                    gain = (
+                        gain * scale_gain(node.layer, self.kind) * UP
+                    )  # left to the next layer's norm, which LipLT does not use
+                self.before_tail = gain, values[-1].varying
             for i in node.inputs:
                 if readers[i][-1] == position:
                     values[i] = None

@@ -173,6 +173,7 @@ def operators(network: Network, kind: str) -> dict[int, Operator]:
     readers = network.readers()
     found: dict[int, Operator] = {}
     taken: set[str] = set()
+    merged: set[int] = set()  # a scaling between two layers belongs to the first of them only
     for position, node in enumerate(network.nodes):
         layer = node.layer
         if not isinstance(layer, (Linear, Conv)):
@@ -180,7 +181,7 @@ def operators(network: Network, kind: str) -> dict[int, Operator]:
         first = last = position
         weight, error = layer.weight, 0.0
         before = network.nodes[node.inputs[0]]
-        if len(readers[node.inputs[0]]) == 1:
+        if len(readers[node.inputs[0]]) == 1 and node.inputs[0] not in merged:
             factor = _per_channel(before.layer, before.shape, layer)
             if factor is not None:
                 groups = layer.groups if isinstance(layer, Conv) else 1
@@ -198,6 +199,7 @@ def operators(network: Network, kind: str) -> dict[int, Operator]:
                 last, error = readers[position][0], error + 8 * torch.finfo(factor.dtype).eps
         name = next(n for n in (node.name, *(f"{node.name}:{i}" for i in range(1, position))) if n not in taken)
         taken.add(name)
+        merged |= {first, last}
         shape = network.nodes[node.inputs[0]].shape
         layers = replace(layer, weight=weight), replace(layer, weight=plain)
         found[position] = Operator(name, *layers, first, last, shape, error if kind == "bound" else 0.0)
