@@ -6,7 +6,7 @@ import torch
 
 import lipfast.ops.pairwise_distance as module
 from lipfast import pairwise_distance
-from tests.checks import DTYPES, TOLERANCE, check_op
+from tests.checks import DTYPES, TOLERANCE, assert_near, check_op
 
 NORMS = [1.0, 2.0, math.inf]
 #        leading sizes, K, I
@@ -25,6 +25,11 @@ CASES = [(*size, p) for size in SIZES for p in NORMS]
 LARGE = [((), 10, 512, 2.0), ((), 200, 1024, 2.0)]
 if torch.cuda.is_available():
     LARGE += [((), 200, 1024, 1.0), ((), 200, 1024, math.inf), ((), 1000, 2048, 2.0), ((), 10, 1_000_000, 2.0)]
+
+
+@pytest.fixture(autouse=True)
+def no_size_is_too_small_for_the_kernel(monkeypatch):
+    monkeypatch.setattr(module, "_SMALL", 0)
 
 
 def inputs(shape, n_rows, n_in, p, device, dtype):
@@ -124,6 +129,18 @@ def test_gradient_keeps_its_accuracy_between_close_rows(device):
     rows = torch.tensor([[1.0, 2.0], [1.0 + 2**-20, 2.0]], device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(pairwise_distance(rows)[0, 1], rows)
     torch.testing.assert_close(grad.cpu(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**70, 2.0**-70])
+def test_gradient_of_clusters_agrees_with_differences(scale, device):
+    """Rows far from zero, some close together: a plain matrix product would lose the small differences."""
+    clusters = torch.randn(6, 50, device=device).repeat_interleave(5, 0)
+    rows = (clusters + 1e-4 * torch.randn(30, 50, device=device) + 10) * scale
+    seed = torch.randn(30, 30, device=device)
+    leaf = rows.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(pairwise_distance(leaf), leaf, seed)
+    want = module.backward_reference(seed.double(), rows.double(), module.reference(rows.double()), 2.0)
+    assert_near(grad, want, torch.float32)
 
 
 def test_gradient_of_the_largest_difference_goes_to_the_first(device):
