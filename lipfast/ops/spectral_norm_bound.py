@@ -136,14 +136,15 @@ def gram_norm(
     if M * N == 0:
         return matrix.real.sum((-2, -1)) if error is None else error.clone()
     of = lambda terms: gamma(4 * terms if matrix.is_complex() else terms, torch.float64, matrix.device)
-    first, G = _rescaled(matrix, matrix.abs().amax((-2, -1)))
+    first, G = _rescaled(matrix, _parts_of(matrix).abs().flatten(matrix.ndim - 2).amax(-1))
     steps = []
     for t in range(iterations):
         norm = _frobenius(G)
         product = _gram(G if M <= N else G.mH)
         exponent, G = _rescaled(product, _frobenius(product))
         steps.append((norm, exponent, of(max(M, N) if t == 0 else min(M, N))))
-    rows, columns = G.abs().sum(-1).amax(-1), G.abs().sum(-2).amax(-1)
+    size = _modulus(G)
+    rows, columns = size.sum(-1).amax(-1), size.sum(-2).amax(-1)
     bound = torch.minimum(_frobenius(G), (rows * columns).sqrt() * (1 + of(M + N)))
     for norm, exponent, slack in reversed(steps):
         bound = (_scaled(bound, exponent) + slack * norm.square()).sqrt() * (1 + 4 * _EPS)
@@ -164,7 +165,7 @@ def gram_gradient(
     if matrix.numel() == 0:
         return matrix
     wide = matrix.shape[-2] <= matrix.shape[-1]
-    exponent, A = _rescaled(matrix, matrix.detach().abs().amax((-2, -1)))
+    exponent, A = _rescaled(matrix, _parts_of(matrix.detach()).abs().flatten(matrix.ndim - 2).amax(-1))
     G = product = A
     for _ in range(iterations):
         square = G @ G.mH if wide else G.mH @ G
@@ -192,23 +193,30 @@ def _gram(G: Tensor) -> Tensor:  # (*, M, N) -> (*, M, M)
 
 
 def _frobenius(matrix: Tensor) -> Tensor:  # (*, M, N) -> (*), rounded up
-    if matrix.is_complex():  # vector_norm takes moduli first, which is slow
-        matrix = torch.view_as_real(matrix).flatten(-2)
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=-1), dim=-1)
-    return norm * (1 + gamma(sum(matrix.shape[-2:]), torch.float64, matrix.device))
+    terms = sum(matrix.shape[-2:])
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(_parts_of(matrix).flatten(matrix.ndim - 1), dim=-1), dim=-1)
+    return norm * (1 + gamma(terms, torch.float64, matrix.device))
+
+
+def _modulus(matrix: Tensor) -> Tensor:
+    """Of every entry; what squares lose to underflow is far below a rounding of the largest."""
+    return torch.linalg.vector_norm(torch.view_as_real(matrix), dim=-1) if matrix.is_complex() else matrix.abs()
+
+
+def _parts_of(matrix: Tensor) -> Tensor:  # (*, M, N) -> (*, M, N, 2) if complex
+    return torch.view_as_real(matrix) if matrix.is_complex() else matrix
 
 
 def _rescaled(matrix: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """(e, matrix / 2^e) where size / 2^e lies in [1/2, 1); e is 0 for a size of 0, NaN or Inf."""
-    exponent = torch.frexp(size).exponent.where(size.isfinite(), 0)
+    """(e, matrix / 2^e) where size / 2^e is near 1, but e at most 1000 either way; e is 0 for a size of 0, NaN or Inf."""
+    exponent = torch.frexp(size).exponent.where(size.isfinite(), 0).clamp(-1000, 1000)
     return exponent, _scaled(matrix, -exponent[..., None, None])
 
 
 def _scaled(t: Tensor, exponent: Tensor) -> Tensor:
-    """t 2^exponent, in two steps because 2^exponent itself may overflow; the bits of each factor make it exact."""
-    half = exponent.long() // 2
-    power = lambda e: ((e + 1023) << 52).view(torch.float64)
-    return t * power(half) * power(exponent.long() - half)
+    """t 2^exponent, the factor made of bits, which is exact."""
+    factor = ((exponent.long() + 1023) << 52).view(torch.float64)
+    return torch.view_as_complex(torch.view_as_real(t) * factor[..., None]) if t.is_complex() else t * factor
 
 
 def _next(bound: Tensor) -> Tensor:
