@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import lipfast.nn
-from lipfast.bounds import read
+from lipfast.bounds import lipschitz, read
 from lipfast.bounds.interval import interval
 from lipfast.bounds.layers import Conv, Elementwise, Linear, Rearrange, Scale, Sum
 
@@ -78,6 +80,24 @@ def test_a_padded_convolution_with_another_mode_is_two_maps():
     assert kinds(network) == ["Input", "Pad", "Conv"]
     assert network.nodes[1].shape == (1, 6, 7)
     assert network.nodes[2].layer.padding == (0, 0)
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_batch_norm_scales_the_channels_of_lines_too(length):
+    """Also where there are as many channels as places, and the wrong one would fit."""
+    bn = nn.BatchNorm1d(2).eval()
+    with torch.no_grad():
+        bn.weight.copy_(torch.tensor([100.0, 0.01])), bn.bias.copy_(torch.tensor([3.0, 4.0]))
+    model = nn.Sequential(nn.Conv1d(1, 2, 1), bn, nn.Flatten())
+    x = torch.randn(3, 1, length)
+    box = interval(model, x, 1e-9)
+    torch.testing.assert_close(box.lower, model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(box.upper, model(x), rtol=1e-4, atol=1e-4)
+    head = nn.Sequential(*model, nn.Linear(2 * length, 2)).double()
+    (J,) = torch.autograd.functional.jacobian(head, (torch.zeros(1, 1, length, dtype=torch.float64),))
+    for p, dual in ((2, 2), (math.inf, 1)):
+        true = torch.linalg.vector_norm((J[0, 0] - J[0, 1]).flatten(), ord=dual)
+        assert all(lipschitz(head, (1, length), p=p, method=m)[0, 1] >= true * (1 - 1e-9) for m in ("liplt", "product"))
 
 
 def test_normalisation_becomes_a_scale():

@@ -156,7 +156,10 @@ class _Recorder(torch.fx.Interpreter):
 def _layers_of(model: nn.Module, fx: torch.fx.Node, name: str, values: dict, place: dict) -> list[Layer]:
     if fx.op == "call_module":
         module = model.get_submodule(str(fx.target)) if not _reading.knows(model) else model
-        return _reading.of_module(module, name)
+        layers = _reading.of_module(module, name)
+        return (
+            [_along_lines(layer) for layer in layers] if isinstance(module, nn.BatchNorm1d) and values[fx].ndim == 3 else layers
+        )
     function: Callable | str = fx.target
     if function in _SUMS and len(fx.args) >= 2 and fx.kwargs.get("alpha", 1) == 1:
         return [_sum(model, fx, name, values, place)]
@@ -167,6 +170,13 @@ def _layers_of(model: nn.Module, fx: torch.fx.Node, name: str, values: dict, pla
     args = torch.fx.node.map_arg(fx.args[1:], resolve)
     kwargs = torch.fx.node.map_arg({k: v for k, v in fx.kwargs.items() if k != "input"}, resolve)
     return _reading.of_function(function, name, args, kwargs, tuple(values[fx].shape[1:]))
+
+
+def _along_lines(layer: Layer) -> Layer:
+    """Batch norm of vectors (C,) as that of lines (C, W)."""
+    assert isinstance(layer, Scale), layer
+    column = lambda t: None if t is None else t[:, None]
+    return Scale(column(layer.shift), column(layer.factor), column(layer.offset))
 
 
 _SUMS = {operator.add: 1, operator.iadd: 1, torch.add: 1, "add": 1, "add_": 1, operator.sub: -1, torch.sub: -1, "sub": -1}
