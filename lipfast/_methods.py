@@ -20,6 +20,8 @@ from lipfast.ops.certified_radius import certified_radius
 
 Radii = Callable[[Tensor, Tensor], Tensor]  # images (B, ...), their prediction (B,) -> (B,) float64
 _ITERATIONS = 100  # of the power iterations of an estimate: what the papers take at evaluation
+_EXPLICIT = 512  # side of the matrices that tighten LipLT, where the input has at most _SMALL numbers and they are cheap
+_SMALL = 4096
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,22 @@ def interval(task: Task) -> Radii:
 
 def product(task: Task) -> Radii:
     """Margins at the image over the Lipschitz constants of the whole network: as large as they are, up to the last level."""
-    return _product(task, _norms(task))
+    return _everywhere(task, "product")
+
+
+def liplt(task: Task) -> Radii:
+    """The same with the constants of LipLT, which are never larger."""
+    return _everywhere(task, "liplt")
 
 
 def local(task: Task) -> Radii:
-    """What :func:`product` proves, then the largest radius with positive margins over the ball of that radius.
+    """What :func:`liplt` proves, then the largest radius with positive margins over the ball of that radius.
 
-    LipLT is never looser and several times the work, and narrowing a gap takes most of the tests: so it tries only the levels
-    that the product of local norms does not reach.
+    Local LipLT is never looser than the product of local norms and several times the work, and narrowing a gap takes most of
+    the tests: so it tries only the levels that the other does not reach.
     """
-    norms = _norms(task)
-    everywhere = _product(task, norms)
+    norms = bounds.norms(task.model, task.input_shape, task.kind, _ITERATIONS)
+    everywhere = _everywhere(task, "liplt", norms)
     listed = replace(task, resolution=0)
     share = task.failure_probability / (_tests(task) + _tests(listed))
 
@@ -91,18 +98,17 @@ def local(task: Task) -> Radii:
 
 METHODS = {
     "interval": Method(interval, (math.inf, 1, 2), clips=True),
-    "product": Method(product, (2,)),
+    "product": Method(product, (2, math.inf)),
+    "liplt": Method(liplt, (2, math.inf)),
     "local": Method(local, (2,), draws=True),
 }
 
 
-def _norms(task: Task) -> bounds.Norms:
-    return bounds.norms(task.model, task.input_shape, task.kind, _ITERATIONS)
-
-
-def _product(task: Task, norms: bounds.Norms) -> Radii:
-    lipschitz = bounds.lipschitz(task.model, task.input_shape, method="product", kind=task.kind, norms=norms)  # (K, K)
-    constants = lipschitz.double()
+def _everywhere(task: Task, method: str, norms: bounds.Norms | None = None) -> Radii:
+    """Radii from the constants over all inputs, of a method of :func:`lipfast.bounds.lipschitz`."""
+    asked = task.input_shape, task.p, method, task.kind, norms
+    explicit = _EXPLICIT if method == "liplt" and math.prod(task.input_shape) <= _SMALL else 0
+    constants = bounds.lipschitz(task.model, *asked, iterations=_ITERATIONS, explicit=explicit).double()  # (K, K)
     sound = constants.isfinite().all()
     # In float64: the box that rounding puts around a value grows from layer to layer as boxes do.
     model = copy.deepcopy(task.model).double() if task.kind == "bound" else task.model

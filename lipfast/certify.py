@@ -151,10 +151,13 @@ def certify(
         p: norm of the ball, by default the method's own, named first.
         method:
             ``"interval"``, p = inf, 1 or 2: boxes through the network, the last layer merged with e_y - e_j.
-            ``"product"``, p = 2: the margins at the image over global Lipschitz constants, products of the layers' norms.
-            ``"local"``, p = 2: the same with each layer's norm on the units that vary within the ball, and at each ``eps`` that
-            this does not reach local LipLT (:func:`lipfast.bounds.local`), which is tighter still. Never less than
-            ``"product"``, and much slower. ``resolution`` narrows by the product of local norms alone.
+            ``"product"``, p = 2 or inf: the margins at the image over global Lipschitz constants, one for each pair of classes,
+            from products of the layers' norms.
+            ``"liplt"``, p = 2 or inf: the same with the constants of LipLT (:func:`lipfast.bounds.lipschitz`), which are never
+            larger. What networks trained by CRM are certified with.
+            ``"local"``, p = 2: what ``"liplt"`` proves; beyond it, products of each layer's norm on the units that vary within
+            the ball, and at each ``eps`` that these do not reach local LipLT (:func:`lipfast.bounds.local`), which is tighter
+            still. Much slower. ``resolution`` narrows by the product of local norms alone.
         kind: ``"bound"``, proven, rounding included; ``"estimate"``, no certificate: rounded to nearest, spectral norms by
             100 steps of the power method, which come near from below.
         limit: take only the first so many images.

@@ -1,4 +1,4 @@
-"""Certificates from Lipschitz constants: methods "product" and "local"."""
+"""Certificates from Lipschitz constants: methods "product", "liplt" and "local"."""
 
 import copy
 import json
@@ -19,9 +19,11 @@ from lipfast.nn import ClippedReLU, MaxMin
 from lipfast.train import train
 from tests.attacked import broken
 
-METHODS = ["product", "local"]
+METHODS = ["product", "liplt", "local"]
+WHOLE = [("product", 2.0), ("product", math.inf), ("liplt", 2.0), ("liplt", math.inf), ("local", 2.0)]  # every norm they know
 KINDS = ["bound", "estimate"]
 EPS = (0.02, 0.05, 0.1, 0.3)
+FAR = {2.0: 50.0, math.inf: 5000.0}  # times a certified radius, where attacks succeed
 WIDTH = 16
 
 
@@ -61,57 +63,59 @@ def _module():
     return sys.modules["lipfast._methods"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_point_of_a_certified_ball_has_another_class(method):
+@pytest.mark.parametrize(("method", "p"), WHOLE)
+def test_no_point_of_a_certified_ball_has_another_class(method, p):
     model = _mlp()
     data = _data(model)
-    certificate = _certify(model, data, method)
-    assert certificate.p == 2
+    certificate = _certify(model, data, method, p=p)
+    assert certificate.p == p
     assert (certificate.radius > 0).any()
     angle = torch.linspace(0, 2 * math.pi, 100, dtype=torch.float64)
-    rim = torch.stack([angle.cos(), angle.sin()], 1) * (1 - 1e-12)
+    rim = torch.stack([angle.cos(), angle.sin()], 1)
+    rim = rim / torch.linalg.vector_norm(rim, p, 1, keepdim=True) * (1 - 1e-12)
     disc = torch.cat([rim * share for share in (0.3, 0.7, 1.0)])
     exact = copy.deepcopy(model).double()
     for x, radius, y in zip(data[0].double(), certificate.radius, certificate.prediction, strict=True):
         assert (exact(x + radius * disc).argmax(1) == y).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "p"), WHOLE)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_an_attack_breaks_no_certificate_and_finds_something_farther_out(network, method):
+def test_an_attack_breaks_no_certificate_and_finds_something_farther_out(network, method, p):
     build, shape = NETWORKS[network]
     model = build()
     data = _data(model, 48, shape)
-    certificate = _certify(model, data, method)
+    certificate = _certify(model, data, method, p=p)
     assert (certificate.radius > 0).any()
     assert not broken(certificate, model, data[0]).any()
-    assert broken(certificate, model, data[0], times=50, steps=20).any()
+    assert broken(certificate, model, data[0], times=FAR[p], steps=20).any()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A small network after some epochs of the recipe "local"."""
-    folder = tmp_path_factory.mktemp("run") / "local"
-    return checkpoint.load(train("local", "digits", folder, epochs=4, progress=False))
+@pytest.fixture(scope="module", params=["local", "crm"])
+def trained(request, tmp_path_factory):
+    """A small network after some epochs of a recipe."""
+    folder = tmp_path_factory.mktemp("run") / request.param
+    return checkpoint.load(train(request.param, "digits", folder, epochs=4, progress=False))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_attack_breaks_no_certificate_of_a_trained_network(trained, method):
+@pytest.mark.parametrize(("method", "p"), WHOLE)
+def test_an_attack_breaks_no_certificate_of_a_trained_network(trained, method, p):
     data = load("digits", split="test", limit=150)
-    certificate = _certify(trained, data, method, eps=(0.1, 0.2, 0.4))
-    assert certificate.certified_accuracy(0.1) > 0.5
+    certificate = _certify(trained, data, method, eps=(0.1, 0.2, 0.4), p=p)
+    assert certificate.certified_accuracy(0.1 if p == 2 else 1e-5) > 0.5
     assert not broken(certificate, trained, unit(data.images)).any()
-    assert broken(certificate, trained, unit(data.images), times=8, steps=20, restarts=1).float().mean() > 0.5
+    assert broken(certificate, trained, unit(data.images), times=FAR[p], steps=20, restarts=1).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_radius_is_that_of_a_linear_network(method):
+@pytest.mark.parametrize(("method", "p"), WHOLE)
+def test_radius_is_that_of_a_linear_network(method, p):
     layer = nn.Linear(5, 4)
     x = torch.rand(40, 5)
-    certificate = _certify(layer, (x, torch.zeros(40).long()), method, resolution=20)
+    certificate = _certify(layer, (x, torch.zeros(40).long()), method, p=p, resolution=20)
     w, z = layer.weight.double(), x.double() @ layer.weight.double().T + layer.bias.double()
     y = z.argmax(1)
-    margins = (z.gather(1, y[:, None]) - z) / (w[y][:, None] - w).norm(dim=2)
+    dual = 2 if p == 2 else 1
+    margins = (z.gather(1, y[:, None]) - z) / torch.linalg.vector_norm(w[y][:, None] - w, dual, 2)
     exact = margins.scatter(1, y[:, None], math.inf).amin(1).clamp(max=EPS[-1])
     assert (certificate.radius <= exact).all()
     assert (certificate.radius >= exact - 1e-5).all()
@@ -133,12 +137,32 @@ def test_product_is_the_margin_over_the_norms_of_the_layers():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("p", [2.0, math.inf])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_liplt_is_the_margin_over_its_constants_and_never_less_than_product(network, p, kind):
+    build, shape = NETWORKS[network]
+    model = build()
+    x, y = _data(model, 24, shape)
+    product, liplt = (_certify(model, (x, y), method, p=p, kind=kind) for method in ("product", "liplt"))
+    assert (liplt.radius >= product.radius * (1 - 1e-6 * (kind == "estimate"))).all()
+    assert (liplt.method, liplt.kind, liplt.p) == ("liplt", kind, p)
+    if network != "max min":  # where loop transformation may not pay
+        assert (liplt.radius > product.radius).any()
+    constants = bounds.lipschitz(model, shape, p, "liplt", kind, iterations=100, explicit=512).double()
+    z = copy.deepcopy(model).double()(x.double())
+    margins = (z.gather(1, y[:, None]) - z) / constants[y]
+    want = margins.scatter(1, y[:, None], math.inf).amin(1).clamp(max=EPS[-1])
+    torch.testing.assert_close(liplt.radius, want, rtol=1e-4, atol=1e-6)
+    assert kind == "estimate" or (liplt.radius < want).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_local_is_never_less_than_product(network, kind):
     build, shape = NETWORKS[network]
     model = build()
     data = _data(model, 24, shape)
-    product, local = (_certify(model, data, method, kind=kind) for method in METHODS)
+    product, local = (_certify(model, data, method, kind=kind) for method in ("product", "local"))
     assert (local.radius >= product.radius).all()
     assert (local.radius > product.radius).any()
     assert (local.method, local.kind, local.p) == ("local", kind, 2)
@@ -174,12 +198,14 @@ def test_accuracy_at_a_listed_eps_is_that_of_one_test_there():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_norms_are_computed_once(monkeypatch, method):
+def test_what_all_images_share_is_computed_once(monkeypatch, method):
     model, calls = _mlp(), []
-    norms = bounds.norms
-    monkeypatch.setattr(_module().bounds, "norms", lambda *a, **o: calls.append(a) or norms(*a, **o))
+    for name in ("norms", "lipschitz"):
+        real = getattr(bounds, name)
+        count = lambda *a, name=name, real=real, **o: calls.append(name) or real(*a, **o)
+        monkeypatch.setattr(_module().bounds, name, count)
     _certify(model, _data(model), method, batch_size=5)
-    assert len(calls) == 1
+    assert calls == (["norms"] if method == "local" else []) + ["lipschitz"]
 
 
 def test_what_the_product_proves_asks_for_no_local_bound(monkeypatch):
@@ -206,7 +232,11 @@ def test_what_is_not_finite_certifies_nothing(method, kind):
         model = _mlp()
         with torch.no_grad():
             model[1].weight[0, 0] = value
-        assert (_certify(model, data, method, kind=kind).radius == 0).all()
+        if method in ("liplt", "local"):
+            with pytest.raises(ValueError, match="layer '1': finite weights expected, got NaN or Inf"):
+                _certify(model, data, method, kind=kind)
+        else:
+            assert (_certify(model, data, method, kind=kind).radius == 0).all()
     huge = _mlp()
     with torch.no_grad():
         huge[1].weight.mul_(1e30)
@@ -335,17 +365,21 @@ def test_a_failure_probability_belongs_to_local_bounds(method, kind, chance, mes
         _certify(_mlp(), _data(_mlp()), method, kind=kind, failure_probability=chance)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("method", "changes", "message"),
     [
-        ({"p": math.inf}, "p must be 2 for method '{}', got inf"),
-        ({"p": 1}, "p must be 2 for method '{}', got 1"),
-        ({"pixel_range": (0, 1)}, "pixel_range must be None for method '{}', which knows only whole balls"),
+        ("local", {"p": math.inf}, "p must be 2 for method 'local', got inf"),
+        ("local", {"p": 1}, "p must be 2 for method 'local', got 1"),
+        ("product", {"p": 1}, "p must be 2 or inf for method 'product', got 1"),
+        ("liplt", {"p": 1}, "p must be 2 or inf for method 'liplt', got 1"),
+        *(
+            (m, {"pixel_range": (0, 1)}, f"pixel_range must be None for method '{m}', which knows only whole balls")
+            for m in METHODS
+        ),
     ],
 )
 def test_names_the_wrong_argument(method, changes, message):
-    with pytest.raises(ValueError, match=message.format(method)) as error:
+    with pytest.raises(ValueError, match=message) as error:
         _certify(_mlp(), _data(_mlp()), method, **changes)
     assert "\n" not in str(error.value)
 
@@ -353,4 +387,4 @@ def test_names_the_wrong_argument(method, changes, message):
 def test_a_method_has_a_norm_of_its_own():
     data = _data(_mlp())
     norms = {method: _certify(_mlp(), data, method).p for method in ("interval", *METHODS)}
-    assert norms == {"interval": math.inf, "product": 2, "local": 2}
+    assert norms == {"interval": math.inf, "product": 2, "liplt": 2, "local": 2}

@@ -7,6 +7,7 @@ from torch import nn
 import lipfast.nn
 from lipfast import models
 from lipfast.bounds import lipschitz, norms
+from tests.networks import jacobian
 
 
 def small_networks():
@@ -70,8 +71,8 @@ def _inside(x, radius):
 @pytest.mark.parametrize("name", list(small_networks()))
 def test_no_slope_exceeds_the_bound(name):
     model, shape = small_networks()[name]
-    bound = lipschitz(model, shape)
-    estimate = lipschitz(model, shape, kind="estimate", norms=norms(model, shape, "estimate", 200))
+    bound = lipschitz(model, shape, method="product")
+    estimate = lipschitz(model, shape, method="product", kind="estimate", norms=norms(model, shape, "estimate", 200))
     assert torch.equal(bound, bound.mT)
     assert not bound.diagonal().any()
     assert bound.dtype == torch.float64
@@ -83,13 +84,67 @@ def test_no_slope_exceeds_the_bound(name):
         assert (bound <= 1.3 * estimate + 1e-12).all()
 
 
+@pytest.mark.parametrize("name", list(small_networks()))
+def test_no_slope_exceeds_liplt_which_never_exceeds_the_product(name):
+    model, shape = small_networks()[name]
+    bound, tighter = lipschitz(model, shape), lipschitz(model, shape, explicit=200)
+    estimate = lipschitz(model, shape, kind="estimate", iterations=300).detach()
+    assert torch.equal(bound, bound.mT)
+    assert not bound.diagonal().any()
+    assert bound.dtype == torch.float64
+    assert not bound.requires_grad
+    assert (bound <= lipschitz(model, shape, method="product")).all()
+    assert (tighter <= bound).all()
+    assert (estimate <= bound * (1 + 1e-5)).all()
+    model = model.double()
+    for scale in (0.1, 1.0, 10.0):
+        assert (steepest(model, scale * torch.randn(8, *shape, dtype=torch.float64), scale) <= tighter + 1e-12).all()
+
+
+def test_what_no_torus_holds_is_cut():
+    """Convolutions with nothing between, overlapping means, unusual padding: bounded, if less tightly."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.MaxPool2d(2), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3)]
+    layers += [nn.ReLU(), nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.Flatten(), nn.Linear(36, 8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 2), nn.Flatten()).double()
+    bound = lipschitz(model, (2, 10, 10))
+    assert bound.isfinite().all()
+    for scale in (0.1, 1.0, 10.0):
+        assert (steepest(model, scale * torch.randn(8, 2, 10, 10, dtype=torch.float64), scale) <= bound + 1e-12).all()
+    linear = nn.Sequential(nn.Conv2d(2, 3, 3, 1, 1), nn.Conv2d(3, 3, 3, 1, 1), nn.Flatten(), nn.Linear(48, 2)).double()
+    want = jacobian(linear, (2, 4, 4))  # of an affine network the cut is all that is lost
+    assert lipschitz(linear, (2, 4, 4))[0, 1] >= (want[0] - want[1]).norm()
+
+
+def test_a_torus_that_wraps_too_early_would_be_below_the_truth():
+    """Reads beyond both edges: the image must not meet itself there."""
+    torch.manual_seed(1)
+    for padding in (1, 2, 3):
+        layers = [nn.Conv2d(1, 2, 4, 1, padding), nn.LeakyReLU(0.999), nn.Conv2d(2, 2, 4, 1, padding), nn.LeakyReLU(0.999)]
+        body = nn.Sequential(*layers, nn.Flatten()).double()
+        n = body(torch.zeros(1, 1, 4, 4, dtype=torch.float64)).numel()
+        model = nn.Sequential(*body, nn.Linear(n, 2, dtype=torch.float64))
+        J = torch.autograd.functional.jacobian(model, torch.ones(1, 1, 4, 4, dtype=torch.float64)).reshape(2, -1)
+        assert lipschitz(model, (1, 4, 4))[0, 1] >= (J[0] - J[1]).norm()
+        assert lipschitz(model, (1, 4, 4), explicit=1000)[0, 1] >= (J[0] - J[1]).norm()
+
+
+def test_numbers_that_overflow_do_not_spoil_the_product():
+    model = models.mlp((4, 6, 6, 3)).double()
+    with torch.no_grad():
+        model[1].weight.mul_(1e200), model[3].weight.mul_(1e-300)
+    bound, other = lipschitz(model, (4,)), lipschitz(model, (4,), method="product")
+    assert (bound <= other).all()
+    assert bound.isfinite().all()
+
+
 def test_is_the_product_of_norms_with_the_last_layer_row_by_row():
     torch.manual_seed(0)
     model = models.mlp((4, 6, 3)).double()
     first, last = model[1].weight, model[3].weight
     want = torch.linalg.matrix_norm(first, 2) * torch.cdist(last, last)
-    torch.testing.assert_close(lipschitz(model, (4,)), want.detach(), rtol=1e-3, atol=1e-12)
-    got = lipschitz(model, (4,), kind="estimate", norms=norms(model, (4,), "estimate", 300))
+    torch.testing.assert_close(lipschitz(model, (4,), method="product"), want.detach(), rtol=1e-3, atol=1e-12)
+    got = lipschitz(model, (4,), method="product", kind="estimate", norms=norms(model, (4,), "estimate", 300))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(L.sum(), model.parameters(), allow_unused=True) for L in (got, want)), strict=True):
         assert (a is None) == (b is None)
@@ -108,29 +163,43 @@ def test_a_sum_adds_what_its_branches_may_change():
 
     model = Residual()
     want = (1 + torch.linalg.matrix_norm(model.inner.weight, 2)) * (model.last.weight[0] - model.last.weight[1]).norm()
-    torch.testing.assert_close(lipschitz(model, (3,))[0, 1], want.detach(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(lipschitz(model, (3,), method="product")[0, 1], want.detach(), rtol=1e-3, atol=0)
 
 
 def test_a_broken_weight_gives_no_number():
     model = models.mlp((4, 6, 3))
     with torch.no_grad():
         model[1].weight[0, 0] = math.nan
-    assert not lipschitz(model, (4,))[0, 1].isfinite()
+    assert not lipschitz(model, (4,), method="product")[0, 1].isfinite()
 
 
 def test_names_what_is_wrong():
     model = models.mlp((4, 6, 3))
     other = models.mlp((4, 6, 3, 3, 3))
-    with pytest.raises(ValueError, match="p: 2 expected, got 1"):
+    with pytest.raises(ValueError, match="p: 2 or inf expected, got 1"):
         lipschitz(model, (4,), p=1)
-    with pytest.raises(ValueError, match="method: 'product' expected, got 'crown'"):
+    with pytest.raises(ValueError, match=r"method: .liplt. or .product. expected, got .crown."):
         lipschitz(model, (4,), method="crown")
     with pytest.raises(ValueError, match="two classes or more"):
         lipschitz(models.mlp((4, 6, 1)), (4,))
     with pytest.raises(ValueError, match="norms: of kind 'bound' expected, got 'estimate'"):
-        lipschitz(model, (4,), norms=norms(model, (4,), "estimate"))
+        lipschitz(model, (4,), method="product", norms=norms(model, (4,), "estimate"))
     with pytest.raises(ValueError, match="norms: of this model expected, without layer '5'"):
-        lipschitz(other, (4,), norms=norms(model, (4,)))
+        lipschitz(other, (4,), method="product", norms=norms(model, (4,)))
+    for name, value in (("iterations", -1), ("explicit", -3)):
+        with pytest.raises(ValueError, match=f"{name}: 0 or more expected, got {value}"):
+            lipschitz(model, (4,), **{name: value})
     pooled = nn.Sequential(nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="layer '0': pooling over overlapping windows has no l2 rule; make stride equal"):
-        lipschitz(pooled, (1, 5, 5))
+    for method in ("product", "liplt"):
+        with pytest.raises(ValueError, match="layer '0': pooling over overlapping windows has no l2 rule; make stride equal"):
+            lipschitz(pooled, (1, 5, 5), method=method)
+    with torch.no_grad():
+        other[3].weight[0, 0] = math.inf
+    for kind in ("bound", "estimate"):
+        with pytest.raises(ValueError, match="layer '3': finite weights expected, got NaN or Inf"):
+            lipschitz(other, (4,), kind=kind)
+    normalised = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"layer .1.: batch norm has bounds in eval mode .* call model.eval"):
+        lipschitz(normalised, (4,))
+    with pytest.raises(ValueError, match="layer '1': Softmax is not supported"):
+        lipschitz(nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 2)), (4,))

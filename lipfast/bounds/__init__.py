@@ -1,6 +1,7 @@
 """What can be said about a whole network over a set of inputs."""
 
 from lipfast.bounds.interval import Boxes, interval, interval_margin
+from lipfast.bounds.liplt import Liplt, liplt
 from lipfast.bounds.lipschitz import lipschitz
 from lipfast.bounds.local import Local, local, local_lipschitz
 from lipfast.bounds.network import Network, read
@@ -8,11 +9,13 @@ from lipfast.bounds.norms import Norms, norms
 
 __all__ = [
     "Boxes",
+    "Liplt",
     "Local",
     "Network",
     "Norms",
     "interval",
     "interval_margin",
+    "liplt",
     "lipschitz",
     "local",
     "local_lipschitz",

@@ -1,5 +1,5 @@
-"""Local LipLT: Lipschitz constants by loop transformation (Fazlyab et al. 2023, https://arxiv.org/abs/2310.00116), with the
-slopes that each unit can have over the ball.
+"""LipLT: Lipschitz constants by loop transformation (Fazlyab et al. 2023, https://arxiv.org/abs/2310.00116), with the slopes
+that each unit can have, over all inputs or over a ball.
 
 A unit with slopes in [a, b] is  phi(s) = c s + r psi(s),  c = (a + b)/2,  r = (b - a)/2,  psi 1-Lipschitz: constant units
 have c = r = 0, units that stay on one linear piece r = 0. So the network is linear but for the psi, and with A_kj the linear
@@ -8,31 +8,20 @@ map from the output of nonlinearity j (0: the input) to the input of nonlinearit
     m_k  =  || A_k0 || + sum_{0 < j < k} || A_kj R_j || m_j
 
 bounds the slope of that input; at the logits, whose differences are rows of A, the norms are exact. Rows of units with r = 0
-are left out of m_k, since psi_k reads no others. MaxMin sorts pairs: their mean is kept, their difference becomes its absolute
-value; max and L2 pooling have c = 0. Each m_k is replaced by the product bound where that is smaller.
+are left out of m_k, since psi_k reads no others. MaxMin sorts pairs: their mean is kept, their difference, all that psi reads,
+becomes its absolute value; max and L2 pooling have c = 0. Where a product bound is given and smaller, it replaces m_k.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast import rounding
-from lipfast.bounds._gains import UP, fixed_gain
-from lipfast.bounds.layers import (
-    AveragePool,
-    Conv,
-    Elementwise,
-    Layer,
-    Linear,
-    MaxMin,
-    Pad,
-    Rearrange,
-    Scale,
-    Sum,
-)
+from lipfast.bounds._gains import UP
+from lipfast.bounds._maps import Maps, Nonlinearity, lengths
+from lipfast.bounds.layers import Elementwise, Layer, Linear
 from lipfast.bounds.network import Network
 from lipfast.ops.pairwise_distance import pairwise_distance
 from lipfast.ops.spectral_norm_bound import gram_norm
@@ -41,19 +30,20 @@ _PART = 2**22  # numbers of the matrices of all samples in work at a time
 
 
 @dataclass(frozen=True)
-class Nonlinearity:
-    """A nonlinear node of the graph.
+class Estimate:
+    """What :func:`pairwise_estimate` finds.
 
     Attributes:
-        position: in the graph.
-        keep, turn: c and r of its units, (B, ...); None for MaxMin and pooling.
-        reach: (B,), the product bound of its input, at the units that matter.
+        pairwise: (B, K, K).
+        slopes: m_k, (B,), by the position of nonlinearity k.
+        vectors: unit right singular vectors of A_kj R_j, (B, ...), by the positions of j and k; without gradient.
+        sizes: see :class:`Maps`.
     """
 
-    position: int
-    keep: Tensor | None
-    turn: Tensor | None
-    reach: Tensor
+    pairwise: Tensor
+    slopes: dict[int, Tensor]
+    vectors: dict[tuple[int, int], Tensor]
+    sizes: dict[int, Tensor]
 
 
 def slopes(layer: Layer, box: tuple[Tensor, Tensor], kind: str) -> tuple[Tensor | None, Tensor | None]:
@@ -67,121 +57,74 @@ def slopes(layer: Layer, box: tuple[Tensor, Tensor], kind: str) -> tuple[Tensor 
     return (least + greatest) / 2, turn
 
 
-def pairwise_estimate(network: Network, x: Tensor, found: list[Nonlinearity], iterations: int) -> Tensor:  # (B, K, K)
-    """By power iteration on every A_kj, for all nodes of the network; ends in logits (B, K)."""
-    known = {n.position: n for n in found}
-    sources = [0, *known]
-    slope: dict[int, Tensor] = {0: x.new_ones(len(x))}
-    end = len(network.nodes) - 1
-    for k in known:
-        total = sum(_norm(network, known, x, j, k, iterations) * slope[j] for j in sources if j < k)
-        slope[k] = torch.minimum(torch.as_tensor(total, dtype=x.dtype), known[k].reach)
-    return torch.stack([pairwise_distance(_rows(network, known, x, j, end)) * slope[j][:, None, None] for j in sources]).sum(0)
+def pairwise_estimate(
+    network: Network,
+    found: Sequence[Nonlinearity],
+    x: Tensor,
+    iterations: int,
+    vectors: Mapping[tuple[int, int], Tensor] | None = None,
+) -> Estimate:
+    """By power iteration on every A_kj R_j; differentiable in the weights, the vectors held constant.
+
+    Args:
+        network: ends in logits (B, K).
+        found: its nonlinearities, ascending.
+        x: (B, ...): its batch, dtype and device count.
+        iterations: each takes a pass through the network and a transposed one.
+        vectors: of an earlier call; those that are missing or zero are replaced by fixed random ones.
+    """
+    maps = Maps(network, found, x)
+    rights = maps.iterate(maps.starts(vectors or {}), iterations)
+    weights = {0: x.new_ones(len(x), dtype=torch.float64)}  # r_j m_j in units of 2^exponent
+    slope: dict[int, Tensor] = {}
+    for k, image in maps.images(rights).items():
+        before = network.nodes[k].inputs[0]
+        unit, reach = torch.exp2(maps.exponents[before]), maps.known[k].reach
+        reached = (lengths(image).double() * torch.stack([weights[j] for j in maps.sources[before]])).sum(0)
+        reached = reached if reach is None else torch.minimum(reached, reach.double() / unit)
+        turn = maps.known[k].turn
+        weights[k] = reached * (turn / maps.base(k)) if isinstance(turn, float) else reached
+        slope[k] = (reached * unit).to(x.dtype)
+    named = {(j, k): v.movedim(-1, 1) for j, stack in rights.items() for k, v in zip(maps.targets[j], stack, strict=True)}
+    return Estimate(_pairwise(maps, weights), slope, named, maps.sizes)
 
 
-def _norm(
-    network: Network, known: dict[int, Nonlinearity], x: Tensor, source: int, target: int, iterations: int
-) -> Tensor:  # (B,)
-    """|| D A R || for each sample, D the units of the target that matter."""
-    image = _map(network, known, x, source, network.nodes[target].inputs[0])
-    turn = known[target].turn
-    cut = (lambda y: y) if turn is None else lambda y: y * (turn > 0)
-    start = _start(network, known, x, source)
-    with torch.enable_grad():
-        at = torch.zeros_like(start).requires_grad_()
-        traced = cut(image(at))
-    if not traced.requires_grad:  # nothing leads from there to here
-        return x.new_zeros(len(x))
-    right = _unit(start)
-    with torch.no_grad():
-        for _ in range(iterations):
-            left = _unit(cut(image(right)))
-            (right,) = torch.autograd.grad(traced, at, left, retain_graph=True)
-            right = _unit(right)
-    return cut(image(right)).flatten(1).norm(dim=1)
+def _pairwise(maps: Maps, weights: dict[int, Tensor]) -> Tensor:  # (B, K, K)
+    """The distances of the rows of the maps to the logits, one source at a time: no more than K rows are ever pushed."""
+    largest = torch.stack(list(weights.values())).detach().amax(0)
+    scale = largest.where(largest > 0, 1.0)
+    total: Tensor | float = 0.0
+    for j, rows in maps.rows():
+        total = total + _distance(rows) * (weights[j] / scale).to(rows.dtype)[:, None, None]
+    assert isinstance(total, Tensor)
+    return (total.double() * (scale * torch.exp2(maps.exponents[-1]))[:, None, None]).to(total.dtype)
 
 
-def _rows(network: Network, known: dict[int, Nonlinearity], x: Tensor, source: int, target: int) -> Tensor:  # (B, K, n)
-    """The rows of A R from a source to the logits."""
-    image = _map(network, known, x, source, target)
-    with torch.enable_grad():
-        at = torch.zeros_like(_start(network, known, x, source)).requires_grad_()
-        logits = image(at)
-        sums = [z.sum() for z in logits.unbind(1)]
-    if not logits.requires_grad:
-        return x.new_zeros(len(x), *logits.shape[1:], at[0].numel())
-    rows = [torch.autograd.grad(z, at, retain_graph=True, create_graph=torch.is_grad_enabled())[0] for z in sums]
-    return torch.stack(rows, 1).flatten(2)
+def _distance(rows: Tensor) -> Tensor:  # (B, K, n) -> (B, K, K)
+    """As :func:`lipfast.pairwise_distance`, by matrix products where float64 is wider than the rows."""
+    return pairwise_distance(rows) if rows.dtype == torch.float64 else _Distance.apply(rows)
 
 
-def _start(network: Network, known: dict[int, Nonlinearity], x: Tensor, source: int) -> Tensor:
-    """A fixed vector of the source's shape, no entry of it zero."""
-    size = int(torch.Size(network.nodes[source].shape).numel())
-    wave = torch.sin(torch.arange(1, size + 1, device=x.device, dtype=torch.float64) ** 2) + 1.5
-    return wave.to(x.dtype).reshape(1, *network.nodes[source].shape).expand(len(x), *network.nodes[source].shape).contiguous()
+class _Distance(torch.autograd.Function):
+    """|x - y|^2 = |x|^2 + |y|^2 - 2 x.y in float64 loses less to cancellation than the rows lost by their own rounding."""
 
+    @staticmethod
+    def forward(ctx, rows):
+        wide = rows.double()
+        products = wide @ wide.mT
+        squares = products.diagonal(dim1=1, dim2=2)
+        both = squares[:, :, None] + squares[:, None, :]
+        apart = both - products - products.mT
+        distance = apart.where(apart > 2.0**-46 * both, 0.0).sqrt().to(rows.dtype)
+        ctx.save_for_backward(rows, distance)
+        return distance
 
-def _unit(v: Tensor) -> Tensor:
-    length = v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.ndim - 1))
-    return v / length.where(length > 0, 1.0)
-
-
-def _map(network: Network, known: dict[int, Nonlinearity], x: Tensor, source: int, target: int) -> Callable[[Tensor], Tensor]:
-    """The linear map A R from the output of a source to a node's value."""
-
-    def image(v: Tensor) -> Tensor:
-        values: dict[int, Tensor] = {source: _turned(network, known, source, v)}
-        for position in range(source + 1, target + 1):
-            node = network.nodes[position]
-            inputs = [values.get(i) for i in node.inputs]
-            if any(t is not None for t in inputs):
-                kept = known[position].keep if position in known else None
-                result = _linear(node.layer, inputs, kept)
-                if result is not None:
-                    values[position] = result
-        return values.get(target, v.new_zeros(len(v), *network.nodes[target].shape))
-
-    return image
-
-
-def _turned(network: Network, known: dict[int, Nonlinearity], source: int, v: Tensor) -> Tensor:
-    if source == 0:
-        return v
-    layer, turn = network.nodes[source].layer, known[source].turn
-    if isinstance(layer, MaxMin):
-        return v - _mean_of_pairs(v)
-    if turn is None:
-        node = network.nodes[source]
-        return v * fixed_gain(layer, node.name, network.nodes[node.inputs[0]].shape)
-    return v * turn
-
-
-def _mean_of_pairs(v: Tensor) -> Tensor:
-    a, b = v.chunk(2, 1)
-    return torch.cat([a + b, a + b], 1) / 2
-
-
-def _linear(layer: Layer, inputs: list[Tensor | None], keep: Tensor | None) -> Tensor | None:
-    """The layer's linear part; an input that is None is zero, and so is a result."""
-    if isinstance(layer, Sum):
-        parts = [v if sign > 0 else -v for v, sign in zip(inputs, layer.signs, strict=True) if v is not None]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    (v,) = inputs
-    assert v is not None
-    if isinstance(layer, Linear):
-        return F.linear(v, layer.weight)
-    if isinstance(layer, Conv):
-        conv = F.conv1d if layer.weight.ndim == 3 else F.conv2d
-        return conv(v, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-    if isinstance(layer, Scale):
-        return v if layer.factor is None else v * layer.factor.to(v)
-    if isinstance(layer, (Rearrange, AveragePool)):
-        return layer.function(v)
-    if isinstance(layer, Pad):
-        return layer(v)
-    if isinstance(layer, MaxMin):
-        return _mean_of_pairs(v)
-    return None if keep is None else v * keep
+    @staticmethod
+    def backward(ctx, grad):
+        rows, distance = ctx.saved_tensors
+        rows = rows - rows.mean(1, keepdim=True)
+        slope = (grad + grad.mT) / distance.where(distance > 0, torch.inf)
+        return slope.sum(-1, keepdim=True) * rows - slope @ rows
 
 
 def tail(network: Network) -> int:
@@ -213,13 +156,13 @@ def pairwise_bound(
     parts = []
     for start in range(0, len(gain), step):
         here = slice(start, start + step)
-        own = {n.position: Nonlinearity(n.position, _of(n.keep, here), _of(n.turn, here), n.reach[here]) for n in known}
+        own = {n.position: replace(n, keep=_of(n.keep, here), turn=_of(n.turn, here), reach=_of(n.reach, here)) for n in known}
         parts.append(_pairwise_bound(network, own, first, gain[here], _of(varying, here)))
     return torch.cat(parts)
 
 
-def _of(t: Tensor | None, samples: slice) -> Tensor | None:
-    return None if t is None else t[samples]
+def _of(t: Tensor | float | None, samples: slice) -> Tensor | None:
+    return t[samples] if isinstance(t, Tensor) else None
 
 
 def _pairwise_bound(
@@ -238,8 +181,9 @@ def _pairwise_bound(
             maps = [(_after(weight, A), (size * error + g * size * _frobenius(A)) * UP, slope) for A, error, slope in maps]
             continue
         node = known[position]
-        assert node.keep is not None
-        assert node.turn is not None
+        assert isinstance(node.keep, Tensor)
+        assert isinstance(node.turn, Tensor)
+        assert node.reach is not None
         total = sum(_norm_bound(A, node.turn > 0, error) * slope * UP for A, error, slope in maps)
         reached = torch.minimum(torch.as_tensor(total) * UP, node.reach)
         keep = node.keep

@@ -114,7 +114,13 @@ def _(module, name: str) -> list[Layer]:
 @of_module.register(nn.AvgPool1d)
 @of_module.register(nn.AvgPool2d)
 def _(module, name: str) -> list[Layer]:
-    return [AveragePool(module.forward, _size(module.kernel_size, module))]
+    rank = 2 if isinstance(module, nn.AvgPool2d) else 1
+    sizes = lambda v: (v,) * rank if isinstance(v, int) else tuple(v)
+    kernel, padding = sizes(module.kernel_size), sizes(module.padding)
+    counted = module.count_include_pad or not any(padding)
+    whole = counted and not module.ceil_mode and not getattr(module, "divisor_override", None)
+    window = (kernel, sizes(module.stride or kernel), padding) if whole else None
+    return [AveragePool(module.forward, math.prod(kernel), window)]
 
 
 @of_module.register(nn.AdaptiveAvgPool1d)

@@ -79,10 +79,16 @@ class Pad(Layer):
 
 @dataclass(frozen=True)
 class AveragePool(Layer):
-    """Weighted sums with weights >= 0 of at most ``terms`` entries each."""
+    """Weighted sums with weights >= 0 of at most ``terms`` entries each.
+
+    Attributes:
+        window: (kernel, stride, padding), each with one number per dimension, if every output is the mean of a whole window,
+            zeros beyond the image included; None if not, or if that depends on the size of the image (adaptive pooling).
+    """
 
     function: Callable[[Tensor], Tensor]
     terms: int
+    window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)

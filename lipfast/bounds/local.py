@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lipfast import rounding
 from lipfast.bounds._gains import UP, between_outputs, fixed_gain, scale_gain
 from lipfast.bounds._interval_rules import Box, image
-from lipfast.bounds._liplt import Nonlinearity, pairwise_bound, pairwise_estimate, slopes, tail
+from lipfast.bounds._liplt import pairwise_bound, pairwise_estimate, slopes, tail
+from lipfast.bounds._maps import Nonlinearity
 from lipfast.bounds._translation import largest_increment
 from lipfast.bounds.interval import _ACTIVATIONS, _check_label, _elided_margin, _final_linear, _fresh
 from lipfast.bounds.layers import (
@@ -183,7 +184,7 @@ def local(
         if method == "liplt" and kind == "bound":
             liplt = pairwise_bound(network, walk.nonlinear, tail(network), *walk.before_tail)
         elif method == "liplt":
-            liplt = pairwise_estimate(network, x, walk.nonlinear, iterations)
+            liplt = pairwise_estimate(network, walk.nonlinear, x, iterations).pairwise
         return Local(gain, logits, layers, hidden, walk.box(hidden), last, radius, kind, liplt)
 
 
