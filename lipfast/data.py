@@ -8,12 +8,14 @@
 Nothing is downloaded. Pixels become floats in [0, 1] when batched; normalisation belongs to the network.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast import _files
@@ -97,6 +99,8 @@ def batches(
     epoch: int,
     crop: int = 0,
     flip: bool = False,
+    rotate: float = 0.0,
+    shift: float = 0.0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (B, C, H, W) float32, (B,)
     """One epoch of shuffled batches, a function of ``(seed, epoch)`` alone.
@@ -106,6 +110,8 @@ def batches(
             than one batch is one batch.
         crop: shift each image by up to so many pixels in each direction, repeating the border (padding and random crop).
         flip: mirror each image with probability one half.
+        rotate: turn each image by up to so many degrees in either direction, see :func:`turned`.
+        shift: then shift it by up to this fraction of its height and of its width in either direction.
         part: (i, n): yield the i-th of n equal slices of every batch, for process i of n.
     """
     size = min(size, len(data)) // part[1]
@@ -115,14 +121,17 @@ def batches(
     device = data.images.device
     N = len(data)
     order = torch.randperm(N, generator=generator).to(device)
-    shift = torch.randint(-crop, crop + 1, (N, 2), generator=generator).to(device)
+    step = torch.randint(-crop, crop + 1, (N, 2), generator=generator).to(device)
     mirror = (torch.randint(0, 2, (N,), generator=generator) * flip).bool().to(device)
+    # As many numbers whatever is asked for: the other changes of a seed stay the same.
+    motion = (torch.rand((N, 3), generator=generator) * 2 - 1) * torch.tensor([math.radians(rotate), shift, shift])
+    motion = motion.to(device)
     for start in range(part[0] * size, N - (part[1] - part[0]) * size + 1, part[1] * size):
-        rows = order[start : start + size]
-        if crop or flip:
-            x = unit(shifted(data.images, rows, shift[start : start + size], mirror[start : start + size]))
-        else:
-            x = data.pixels(rows)
+        here = slice(start, start + size)
+        rows = order[here]
+        x = unit(shifted(data.images, rows, step[here], mirror[here])) if crop or flip else data.pixels(rows)
+        if rotate or shift:
+            x = turned(x, motion[here, 0], motion[here, 1:])
         yield x, data.labels[rows]
 
 
@@ -148,6 +157,27 @@ def shifted(
     i = (i + shift[:, :1]).clamp(0, H - 1)  # (B, H)
     j = (j + shift[:, 1:]).clamp(0, W - 1)
     return images[rows[:, None, None], :, i[:, :, None], j[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def turned(
+    x: Tensor,  # (B, C, H, W)
+    angle: Tensor,  # (B,)
+    shift: Tensor,  # (B, 2)
+) -> Tensor:  # (B, C, H, W)
+    """Each image turned about its centre, then shifted; between pixels interpolated linearly, the border repeated.
+
+    Args:
+        x: floating.
+        angle: in radians; above 0 counter-clockwise, rows being counted downwards.
+        shift: as fractions of height and width; above 0 downwards and to the right.
+    """
+    B, _, H, W = x.shape
+    cos, sin = angle.cos(), angle.sin()
+    # Where the pixel at (right, down), in halves of width and height, comes from.
+    back = torch.stack([cos, -sin * H / W, sin * W / H, cos], 1).reshape(B, 2, 2)
+    moved = back @ (-2 * shift.flip(1))[:, :, None]
+    where = F.affine_grid(torch.cat([back, moved], 2).to(x), [*x.shape], align_corners=False)
+    return F.grid_sample(x, where, padding_mode="border", align_corners=False)
 
 
 def unit(images: Tensor) -> Tensor:

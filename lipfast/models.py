@@ -60,9 +60,12 @@ def crm_6c2f(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "r
     return _stack(shape, convs, [512, classes], activation, repeat((-2.0, 2.0)))
 
 
-def tiny_8c2f(shape: Shape = (3, 64, 64), classes: int = 200, activation: str = "relu") -> nn.Sequential:
-    """8C2F for Tiny-ImageNet (Local-Lip). Thresholds of the clipped MaxMin start between 0.8 and 3."""
-    convs = [(64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)]
+def tiny_8c2f(shape: Shape = (3, 64, 64), classes: int = 200, activation: str = "relu", padding: int = 1) -> nn.Sequential:
+    """8C2F for Tiny-ImageNet (Local-Lip). Thresholds of the clipped MaxMin start between 0.8 and 3.
+
+    ``padding`` is the second convolution's, 0 in CRM's code.
+    """
+    convs = [(64, 3, 1, 1), (64, 3, 1, padding), (64, 4, 2, 0), (128, 3, 1, 1), (128, 3, 1, 1), (128, 4, 2, 0)]
     convs += [(256, 3, 1, 1), (256, 4, 2, 0)]
     pairs = [(-upper, upper) for upper in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)]
     return _stack(shape, convs, [256, classes], activation, pairs if activation == "clipped_max_min" else _ONE)

@@ -156,8 +156,9 @@ def _one_epoch(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     count = steps(data, recipe.batch_size, group.count)
-    part = (group.rank, group.count)
-    for step, (x, y) in enumerate(batches(data, recipe.batch_size, recipe.seed, epoch, recipe.crop, recipe.flip, part)):
+    changes = recipe.crop, recipe.flip, recipe.rotate, recipe.shift
+    shuffled = batches(data, recipe.batch_size, recipe.seed, epoch, *changes, part=(group.rank, group.count))
+    for step, (x, y) in enumerate(shuffled):
         loss, parts = recipe.loss(model, x, y, epoch + step / count, memory)
         optimizer.zero_grad()
         loss.backward()

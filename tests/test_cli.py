@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -79,11 +80,11 @@ def test_an_estimate_is_printed_as_one(run, capsys):
     assert Certificate.load(run / "certificate-interval-estimate-linf.npz").kind == "estimate"
 
 
-@pytest.mark.parametrize("recipe", ["gloro", "local"])
+@pytest.mark.parametrize("recipe", ["gloro", "local", "crm"])
 def test_certify_takes_by_default_the_method_of_the_recipe(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", recipe, "--epochs", "1", "--limit", "64", "--out", str(run)]) == 0
-    method = {"gloro": "product", "local": "local"}[recipe]
+    method = {"gloro": "product", "local": "local", "crm": "liplt"}[recipe]
     assert main(["certify", str(run), "--limit", "20", "--eps", "0.1"]) == 0
     assert main(["certify", str(run), "--limit", "20", "--eps", "0.1", "--kind", "estimate"]) == 0
     assert main(["certify", str(run), "--limit", "20", "--eps", "0.1", "--method", "interval"]) == 0
@@ -93,6 +94,8 @@ def test_certify_takes_by_default_the_method_of_the_recipe(recipe, tmp_path, cap
         assert (certificate.method, certificate.kind, certificate.p) == (method, kind, 2)
         assert (run / f"certificate-{method}-{kind}-l2.png").exists()
     assert (run / "certificate-interval-bound-linf.npz").exists()
+    assert main(["certify", str(run), "--limit", "20", "--eps", "0.01", "--method", "liplt", "--p", "inf"]) == 0
+    assert Certificate.load(run / "certificate-liplt-bound-linf.npz").p == math.inf
     told = capsys.readouterr().out
     assert f"l_2, eps in pixel units; method {method}, bound" in told
     assert "probability" not in told
@@ -139,7 +142,7 @@ def test_info_names_versions_and_devices(capsys):
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
         (["train"], "train: the following arguments are required: RECIPE"),
-        (["train", "magic"], "recipe must be one of interval, gloro, local, got 'magic'"),
+        (["train", "magic"], "recipe must be one of interval, gloro, local, crm, got 'magic'"),
         (["train", "interval", "--data", "nowhere"], "nowhere"),
         (["train", "interval", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "interval", "--epochs", "0"], "epochs must be at least 1, got 0"),
@@ -167,7 +170,7 @@ def test_a_wrong_command_gives_one_line(words, message, tmp_path, monkeypatch, c
         (["--eps", "nan"], "eps must be positive and finite"),
         (["--eps", "1/0"], "argument --eps: must be a number, got '1/0'"),
         (["--p", "3"], "p must be 1 or 2 or inf for method 'interval', got 3.0"),
-        (["--method", "liplt"], "not available in this version; available: interval, product, local"),
+        (["--method", "crown"], "not available in this version; available: interval, product, liplt, local"),
         (["--failure-probability", "1e-9"], "failure_probability must be 0 for method 'interval', got 1e-09"),
         (["--failure-probability", "some"], "argument --failure-probability: must be a number, got 'some'"),
         (["--kind", "guess"], "kind must be one of bound, estimate, got 'guess'"),

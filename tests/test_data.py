@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import math
 import os
 import pickle
 import struct
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from lipfast import data
-from lipfast.data import Dataset, batches, load, shifted, steps
+from lipfast.data import Dataset, batches, load, shifted, steps, turned
 
 SHARED = Path(os.environ.get("LIPFAST_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(
@@ -246,7 +247,7 @@ def small(n=23, device="cpu"):
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch(device):
-    options = {"crop": 2, "flip": True}
+    options = {"crop": 2, "flip": True, "rotate": 20, "shift": 0.2}
     epoch = lambda seed, epoch: torch.cat([x for x, _ in batches(small(device=device), 5, seed, epoch, **options)])
     assert torch.equal(epoch(3, 4), epoch(3, 4))
     torch.rand(1)  # the global generator has no say
@@ -276,8 +277,9 @@ def test_labels_follow_their_images(device):
 
 def test_parts_make_up_the_batches(device):
     data = small(device=device)
-    whole = list(batches(data, 6, 0, 1, crop=1, flip=True))
-    parts = [list(batches(data, 6, 0, 1, crop=1, flip=True, part=(i, 3))) for i in range(3)]
+    options = {"crop": 1, "flip": True, "rotate": 5, "shift": 0.1}
+    whole = list(batches(data, 6, 0, 1, **options))
+    parts = [list(batches(data, 6, 0, 1, **options, part=(i, 3))) for i in range(3)]
     assert {len(p) for p in parts} == {len(whole)} == {steps(data, 6, 3)}
     for k, (x, y) in enumerate(whole):
         assert torch.equal(torch.cat([p[k][0] for p in parts]), x)
@@ -308,6 +310,59 @@ def test_crops_and_mirrors_occur_about_as_often_as_they_should(device):
     columns = share.sum(0)  # 3 -1, 0, +1 or its mirror 5 -1, 0, +1
     torch.testing.assert_close(columns[2:7], torch.tensor([1, 1, 2, 1, 1]) / 6, atol=0.05, rtol=0)
     torch.testing.assert_close(share.sum(1)[3:6], torch.full((3,), 1 / 3), atol=0.05, rtol=0)
+
+
+def test_turning_by_nothing_is_the_identity(device):
+    x = torch.rand(3, 2, 5, 8, device=device, dtype=torch.float64)
+    zero = torch.zeros(3, device=device, dtype=torch.float64)
+    torch.testing.assert_close(turned(x, zero, zero[:, None].expand(3, 2)), x)
+
+
+def test_a_quarter_turn_is_counter_clockwise(device):
+    x = torch.rand(2, 3, 6, 6, device=device, dtype=torch.float64)
+    angle = torch.tensor([math.pi / 2, -math.pi], device=device, dtype=torch.float64)
+    got = turned(x, angle, torch.zeros(2, 2, device=device, dtype=torch.float64))
+    torch.testing.assert_close(got[0], x[0].rot90(1, (1, 2)))
+    torch.testing.assert_close(got[1], x[1].rot90(2, (1, 2)))
+
+
+def test_a_turn_keeps_angles_in_an_image_that_is_not_square(device):
+    x = torch.zeros(1, 1, 5, 9, device=device)
+    x[0, 0, 2, 6] = 1  # two pixels right of the centre
+    got = turned(x, torch.tensor([math.pi / 2], device=device), torch.zeros(1, 2, device=device))
+    torch.testing.assert_close(got[0, 0, 0, 4], torch.ones((), device=device))  # two pixels above it
+
+
+def test_a_shift_by_whole_pixels_repeats_the_border(device):
+    x = torch.rand(2, 3, 4, 5, device=device, dtype=torch.float64)
+    shift = torch.tensor([[1 / 4, 0.0], [0.0, -2 / 5]], device=device, dtype=torch.float64)
+    got = turned(x, torch.zeros(2, device=device, dtype=torch.float64), shift)
+    torch.testing.assert_close(got[0], x[0][:, [0, 0, 1, 2]])  # one down
+    torch.testing.assert_close(got[1], x[1][:, :, [2, 3, 4, 4, 4]])  # two to the left
+
+
+def test_turns_come_first(device):
+    x = torch.rand(1, 1, 6, 6, device=device, dtype=torch.float64)
+    angle, shift = (torch.tensor([v], device=device, dtype=torch.float64) for v in (math.pi / 2, [1 / 6, 0.0]))
+    torch.testing.assert_close(turned(x, angle, shift)[0, 0], x[0, 0].rot90()[[0, 0, 1, 2, 3, 4]])
+
+
+def test_rotations_and_shifts_spread_over_their_range_and_leave_the_rest_of_an_epoch_alone(device):
+    y, x = torch.meshgrid(torch.arange(21.0), torch.arange(21.0), indexing="ij")
+    ramps = torch.stack([x, y])[None].expand(400, 2, 21, 21) / 20  # the gradient of an image tells its angle
+    data = Dataset(ramps.contiguous(), torch.arange(400) % 10, "ramps").to(device)
+    options = {"seed": 3, "epoch": 1, "rotate": 30, "shift": 0.1}
+    seen, labels = (torch.cat(parts) for parts in zip(*batches(data, 100, **options), strict=True))
+    assert torch.equal(labels, torch.cat([y for _, y in batches(data, 100, seed=3, epoch=1)]))
+    inner = seen[:, :, 9:12, 9:12]
+    angle = torch.atan2(inner[:, 0, 2, 1] - inner[:, 0, 0, 1], inner[:, 0, 1, 2] - inner[:, 0, 1, 0]).rad2deg()
+    assert 28 < angle.max() < 30
+    assert -30 < angle.min() < -28
+    assert angle.mean().abs() < 3
+    still = torch.cat([x for x, _ in batches(data, 100, **options | {"rotate": 0})])
+    down = 0.5 - still[:, 1, 10, 10]  # in images of 20 pixels between their ends
+    assert 0.09 < 20 / 21 * down.max() < 0.1
+    assert 0.09 < -20 / 21 * down.min() < 0.1
 
 
 def test_a_data_set_checks_itself():

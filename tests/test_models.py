@@ -30,12 +30,17 @@ def count(model):
 
 def units(model, x, kind):
     """How many numbers per sample the activations of that kind see."""
+    return sum(out[0].numel() for out in outputs(model, x, kind))
+
+
+def outputs(model, x, kind):
+    """What the modules of that kind return."""
     seen = []
     for m in model.modules():
         if isinstance(m, kind):
-            m.register_forward_hook(lambda _m, _i, out: seen.append(out[0].numel()))
+            m.register_forward_hook(lambda _m, _i, out: seen.append(out))
     model(x)
-    return sum(seen)
+    return seen
 
 
 def test_every_model_is_listed():
@@ -89,6 +94,13 @@ def test_thresholds_start_where_the_papers_say():
 def test_takes_another_input_and_number_of_classes(name):
     model = models.build(name, shape=(2, 40, 37), classes=7).eval()
     assert model(torch.rand(3, 2, 40, 37)).shape == (3, 7)
+
+
+def test_tiny_8c2f_has_the_second_padding_of_crm():
+    x = torch.rand(1, 3, 64, 64)
+    sizes = lambda padding: [out.shape[-1] for out in outputs(models.tiny_8c2f(padding=padding), x, nn.Conv2d)]
+    assert sizes(0) == [64, 62, 30, 30, 30, 14, 14, 6]
+    assert sizes(1) == [64, 64, 31, 31, 31, 14, 14, 6]
 
 
 def test_cnn_small_takes_digits():

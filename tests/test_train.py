@@ -213,7 +213,7 @@ def test_a_run_is_not_overwritten_or_mixed(finished, options, fault):
         ({"settings": {"model": "resnet"}}, "name must be one of .*cnn_small.* got 'resnet'"),
         ({"settings": {"arguments": '{"depth": 3}'}}, "model cnn_small takes shape, .* got 'depth'"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"recipe": "nothing"}, "recipe must be one of interval, gloro, local"),
+        ({"recipe": "nothing"}, "recipe must be one of interval, gloro, local, crm"),
         ({"data": "nowhere"}, "data must be one of digits"),
     ],
 )
@@ -280,6 +280,7 @@ def test_deterministic_mode_ends_with_the_run(tmp_path):
         ("interval", {"model": "cnn7", "arguments": '{"width": 4, "batch_norm": true}'}),
         ("gloro", {"lr_end": 1e-5}),
         ("local", {"local_start": 20, "ramp_length": 10, "arguments": '{"activation": "clipped_max_min"}'}),
+        ("crm", {"robust_start": 0, "rotate": 10, "shift": 0.1}),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, recipe, settings):

@@ -1,11 +1,12 @@
 """One file per paper: data, model, schedule, loss and optimiser as a dataclass. None has a loop of its own."""
 
+from lipfast.recipes.crm import Crm
 from lipfast.recipes.gloro import Gloro
 from lipfast.recipes.interval import Interval
 from lipfast.recipes.local import Local
 from lipfast.recipes.recipe import Recipe
 
-RECIPES: dict[str, type[Recipe]] = {"interval": Interval, "gloro": Gloro, "local": Local}
+RECIPES: dict[str, type[Recipe]] = {"interval": Interval, "gloro": Gloro, "local": Local, "crm": Crm}
 
 
 def find(name: str, data: str) -> Recipe:
@@ -15,4 +16,4 @@ def find(name: str, data: str) -> Recipe:
     return RECIPES[name].preset(data)
 
 
-__all__ = ["RECIPES", "Gloro", "Interval", "Local", "Recipe", "find"]
+__all__ = ["RECIPES", "Crm", "Gloro", "Interval", "Local", "Recipe", "find"]

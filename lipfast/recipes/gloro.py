@@ -11,25 +11,21 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lipfast import bounds, losses
-from lipfast.bounds import Norms
-from lipfast.ops.certified_radius import certified_radius
-from lipfast.recipes.lipschitz import Lipschitz
+from lipfast import losses
+from lipfast.recipes.lipschitz import Growing
 from lipfast.recipes.recipe import Memory
 from lipfast.schedules import linear_ramp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gloro(Lipschitz):
+class Gloro(Growing):
     """Training with global Lipschitz constants.
 
     Attributes:
-        method: of :func:`lipfast.bounds.lipschitz`.
         trades_start, trades_end: weight of the certificate's term at the start and the end of the run, linear in between; 1
             for the paper's cross entropy, else its TRADES form.
     """
 
-    method: str = "product"
     trades_start: float = 1.0
     trades_end: float = 1.0
     iterations: int = 5
@@ -58,20 +54,13 @@ class Gloro(Lipschitz):
         return super().schedule(epoch) | {"trades": self.trades_start + (self.trades_end - self.trades_start) * done}
 
     def robust_loss(
-        self, model: nn.Module, x: Tensor, y: Tensor, now: dict[str, float], norms: Norms
+        self, model: nn.Module, x: Tensor, y: Tensor, now: dict[str, float], memory: Memory
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         logits = model(x)
-        constants = bounds.lipschitz(model, tuple(x.shape[1:]), 2, self.method, "estimate", norms)
+        constants = self.constants(model, x, memory)
         total = losses.gloro(logits, constants, y, now["eps"], now["trades"])
         robust = losses.gloro(logits.detach(), constants.detach(), y, now["eps"])
         return total, logits, {"robust_loss": robust, "lipschitz": constants.detach().amax()}
-
-    def certified(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float, memory: Memory) -> Tensor:
-        if "constants" not in memory:
-            norms = self.converged(model, x, memory)
-            memory["constants"] = bounds.lipschitz(model, tuple(x.shape[1:]), 2, self.method, "estimate", norms)
-        radius, prediction = certified_radius(model(x), memory["constants"])
-        return (prediction == y) & (radius > self.eps)
 
 
 _MNIST = Gloro(

@@ -24,15 +24,13 @@ from lipfast import bounds, losses
 from lipfast.bounds import Norms
 from lipfast.losses import FORMS
 from lipfast.nn import ClippedMaxMin, ClippedReLU
-from lipfast.recipes.lipschitz import Lipschitz
+from lipfast.recipes.lipschitz import Growing
 from lipfast.recipes.recipe import Memory
 from lipfast.schedules import linear_ramp
 
-_METHODS = ("product", "liplt", "global")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Local(Lipschitz):
+class Local(Growing):
     """Training with the Lipschitz constant of each image's ball.
 
     Attributes:
@@ -48,7 +46,6 @@ class Local(Lipschitz):
         test_iterations: for each image's own in an evaluation; they start at the layers' converged vectors.
     """
 
-    method: str = "product"
     local_start: float = 0.0
     form: str = "B"
     kappa_start: float = 1.0
@@ -58,11 +55,11 @@ class Local(Lipschitz):
     init: str = "fan_out"
 
     certificate: ClassVar[str] = "local"
-    in_epochs: ClassVar[tuple[str, ...]] = (*Lipschitz.in_epochs, "local_start")
+    methods: ClassVar[tuple[str, ...]] = ("product", "liplt", "global")
+    in_epochs: ClassVar[tuple[str, ...]] = (*Growing.in_epochs, "local_start")
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("method", self.method in _METHODS, f"one of {', '.join(_METHODS)}")
         self.require("local_start", 0 <= self.local_start < math.inf, "at least 0 and finite")
         self.require("form", self.form in (*FORMS, "gloro"), f"one of {', '.join(FORMS)}, gloro")
         for name in ("kappa_start", "kappa_end"):
@@ -88,10 +85,10 @@ class Local(Lipschitz):
         return super().schedule(epoch) | {"kappa": kappa, "local": float(epoch >= self.local_start)}
 
     def robust_loss(
-        self, model: nn.Module, x: Tensor, y: Tensor, now: dict[str, float], norms: Norms
+        self, model: nn.Module, x: Tensor, y: Tensor, now: dict[str, float], memory: Memory
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         eps, kappa = now["eps"], now["kappa"]
-        ball = self._ball(model, x, eps, norms, now["local"] == 1, self.iterations)
+        ball = self._ball(model, x, eps, self.norms(model, x, memory), now["local"] == 1, self.iterations)
         logits = ball.logits
         if self.form == "gloro":
             robust = losses.gloro(logits, ball.pairwise(), y, eps)
@@ -119,6 +116,12 @@ class Local(Lipschitz):
         margin = ball.margin(y)
         others = torch.arange(margin.shape[1], device=y.device) != y[:, None]
         return ((margin > 0) | ~others).all(1)
+
+    def converged(self, model: nn.Module, x: Tensor, memory: Memory) -> Norms:
+        """The same for an evaluation, where the parameters stay: computed at the first batch."""
+        if "norms" not in memory:
+            memory["norms"] = self.norms(model, x, {})
+        return memory["norms"]
 
     def _ball(
         self, model: nn.Module, x: Tensor, eps: float, norms: Norms, local: bool, iterations: int

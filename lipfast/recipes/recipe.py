@@ -34,7 +34,8 @@ class Recipe:
         decay_start, lr_end: from that epoch on the learning rate falls exponentially, to ``lr_end`` when the last one ends;
             with ``lr_end`` 0 it does not.
         clip: largest l2 norm of the gradient.
-        crop, flip: random shift by up to ``crop`` pixels and mirror image, see :func:`lipfast.data.batches`.
+        crop, flip, rotate, shift: random shift by up to ``crop`` pixels, mirror image, rotation in degrees and shift as a
+            fraction of the image, see :func:`lipfast.data.batches`.
         eps: the radius at which the network is to be certified.
     """
 
@@ -53,6 +54,8 @@ class Recipe:
     clip: float = 10.0
     crop: int = 0
     flip: bool = False
+    rotate: float = 0.0
+    shift: float = 0.0
     seed: int = 0
     eps: float
 
@@ -66,7 +69,7 @@ class Recipe:
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "clip"):
             self.require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        for name in ("weight_decay", "lr_decay", "decay_start", "lr_end", "crop", "seed", "eps"):
+        for name in ("weight_decay", "lr_decay", "decay_start", "lr_end", "crop", "rotate", "shift", "seed", "eps"):
             self.require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
 
     def require(self, name: str, holds: bool, expected: str) -> None:
