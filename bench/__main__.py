@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, floors, local, memory, networks, ops, record
+from bench import cases, floors, liplt, local, memory, networks, ops, record
 
 DTYPES = ["float32", "tf32", "bfloat16", "float16", "float64"]
 
@@ -23,10 +23,12 @@ def main() -> int:
     if a.device == "cpu" and "cpu" in missing:
         print("note: no compiled kernels here, so every op is its reference: pip install -e .")
     results = []
-    if a.ops or not a.peers:
+    if a.ops or not (a.peers or a.large):
         results += _time_ops(a)
     if a.peers:
         results += _time_networks(a)
+    if a.large:
+        results.append(liplt.large(a.device, *(liplt.TINY if a.quick else liplt.LARGE)))
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)
         a.json.write_text(json.dumps({**record.circumstances(a.device), "results": results}, indent=1) + "\n")
@@ -39,6 +41,10 @@ def _time_networks(a: argparse.Namespace) -> list[dict]:
         rows += networks.run(name, build, a.device, 2 if a.quick else 64, a.repeats)
     for name, (net, batch) in {"small": (local.small, 2)}.items() if a.quick else local.NETWORKS.items():
         rows += local.run(name, net, batch, a.device, min(a.repeats, 5))
+    for name, (make, shape) in {"small": (liplt.small, (3, 32, 32))}.items() if a.quick else liplt.NETWORKS.items():
+        rows += liplt.run(name, make, shape, a.device, min(a.repeats, 9))
+    for name in [] if a.quick else liplt.PROOFS:
+        rows.append(liplt.prove(name, *liplt.NETWORKS[name], a.device, 3))
     used = memory.run("small", 64, a.device) if a.quick else memory.run("6C2F", memory.BATCH, a.device)
     return rows if used is None else [*rows, used]
 
@@ -60,7 +66,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--outward", action="store_true", help="the boxes that hold in floating point")
-    parser.add_argument("--peers", action="store_true", help="whole networks beside compiled code, auto_LiRPA and Local-Lip")
+    parser.add_argument("--peers", action="store_true", help="whole networks beside compiled code, auto_LiRPA, Local-Lip, CRM")
+    parser.add_argument("--large", action="store_true", help="LipLT of 1000 classes and ResNet-50's size: minutes, 24 GiB")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=None, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
