@@ -1,5 +1,6 @@
 """The proof of LipLT against explicit matrices, on the tori that it uses and on the images themselves."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import lipfast.nn
 from lipfast import models
-from lipfast.bounds import _torus
+from lipfast.bounds import _torus, lipschitz
 from lipfast.bounds._liplt_bound import liplt_bound, split
 from lipfast.bounds.layers import AveragePool, Conv, Elementwise, Linear, MaxMin, Pad, Rearrange, Scale, Sum
 from lipfast.bounds.network import read
@@ -285,3 +286,15 @@ def test_a_split_activation_is_the_masked_one_and_its_psi_contracts(act, mode):
             psi = rest @ torch.linalg.pinv(parts.turn).T
             torch.testing.assert_close(psi @ parts.turn.T, rest, rtol=0, atol=1e-12)
             assert (psi.norm(dim=1) <= apart.norm(dim=1) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_computes_where_the_model_is(name, device):
+    model, shape = CASES[name]
+    model = copy.deepcopy(model)
+    calls = ({"p": 2}, {"p": 2, "explicit": 50}, {"p": math.inf})
+    want = [lipschitz(model, shape, **call) for call in calls]
+    for call, there in zip(calls, want, strict=True):
+        here = lipschitz(model.to(device), shape, **call)
+        assert here.device.type == device
+        torch.testing.assert_close(here.cpu(), there, rtol=1e-6, atol=0)
