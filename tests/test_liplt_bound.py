@@ -82,6 +82,19 @@ class DenseResidual(nn.Module):
 CASES = network_cases()
 
 
+class TwoReaders(nn.Module):
+    """Two Linear layers read one image and their values are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.other = nn.Conv2d(2, 3, 3, 1, 1), nn.Linear(48, 5), nn.Linear(48, 5)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x)).flatten(1)
+        return self.last(torch.relu(self.one(x) + self.other(x)))
+
+
 class Extended:
     """A network on its tori, written with index arithmetic: its own function, and the linear maps between its activations."""
 
@@ -298,3 +311,15 @@ def test_computes_where_the_model_is(name, device):
         here = lipschitz(model.to(device), shape, **call)
         assert here.device.type == device
         torch.testing.assert_close(here.cpu(), there, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("explicit", [0, 100])
+@torch.no_grad()
+def test_a_sum_of_two_layers_that_read_one_image_counts_both(explicit):
+    model = TwoReaders().double()
+    for zero, other in ((model.one, model.other), (model.other, model.one)):
+        zero.weight.zero_()
+        single = nn.Sequential(model.first, nn.ReLU(), nn.Flatten(), other, nn.ReLU(), model.last)
+        bound = lipschitz(model, (2, 4, 4), explicit=explicit)
+        assert (bound >= lipschitz(single, (2, 4, 4), explicit=1000) * (1 - 1e-9)).all()
+        nn.init.normal_(zero.weight)

@@ -247,19 +247,16 @@ class _Recursion:
             if j not in total:
                 total[j] = rows
                 continue
-            both = total[j]
-            wide = lambda r, n: (
-                r.matrix * torch.eye(n, dtype=torch.float64, device=r.matrix.device) if r.matrix.ndim == 0 else r.matrix
-            )
-            n = max((r.matrix.shape[0] for r in (both, rows) if r.matrix.ndim), default=0)
-            if n:
-                a, b = wide(both, n), wide(rows, n)
-                error = (both.error + rows.error + 2.0**-52 * (_frobenius(a) + _frobenius(b))) * UP
-                total[j] = _Rows(a + b, error, both.gram)
-            else:
-                number = both.matrix + rows.matrix
-                total[j] = replace(both, matrix=number, error=(both.error + rows.error + 2.0**-52 * number.abs()) * UP)
+            total[j] = _sum(total[j], rows)
         return total
+
+
+def _sum(left: _Rows, right: _Rows) -> _Rows:
+    assert left.gram is right.gram
+    a, b = left.matrix, right.matrix
+    if a.ndim != b.ndim:  # a matrix and a multiple of 1
+        a, b = (t if t.ndim else t * torch.eye(max(len(m) for m in (a, b) if m.ndim)).to(t) for t in (a, b))
+    return _Rows(a + b, (left.error + right.error + 2.0**-52 * (_frobenius(a) + _frobenius(b))) * UP, left.gram)
 
 
 def _after(weight: Tensor, rows: _Rows) -> _Rows:

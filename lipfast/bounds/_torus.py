@@ -77,6 +77,7 @@ class Place:
         clean: nothing but zeros beyond the image.
         wrapped: the value is its input's, padded around; only convolutions read it.
         order: of an image made a vector: which entry of the image each entry is.
+        base: of a vector: the position of the Linear layer that made it of an image, if one did.
     """
 
     torus: Torus | None
@@ -85,6 +86,7 @@ class Place:
     clean: bool = True
     wrapped: bool = False
     order: Tensor | None = None
+    base: int | None = None
 
     @property
     def copies(self) -> Pair:
@@ -150,13 +152,19 @@ def _plan(network: Network, forced: set[int]) -> Plan:
 
 
 def _fresh(shape: tuple[int, ...]) -> Place:
-    one = Fraction(1), Fraction(1)
     if len(shape) not in (2, 3):
-        return Place(None, one, (math.prod(shape), 1, 1))
+        return _vector(math.prod(shape), None)
     image = (shape[0], 1, shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
     torus = Torus()
-    torus.need(one, image[1:])
-    return Place(torus, one, image)
+    torus.need(_ONE, image[1:])
+    return Place(torus, _ONE, image)
+
+
+_ONE = Fraction(1), Fraction(1)
+
+
+def _vector(entries: int, base: int | None) -> Place:
+    return Place(None, _ONE, (entries, 1, 1), base=base)
 
 
 def _place(position: int, node: Node, before: tuple[int, ...], inputs: list[Place], steps: dict[int, Step]) -> Place | None:
@@ -174,7 +182,7 @@ def _place(position: int, node: Node, before: tuple[int, ...], inputs: list[Plac
         return _summed(inputs)
     if isinstance(layer, Linear):
         vector = len(node.shape) == 1 and (first.torus is None or first.order is not None)
-        return Place(None, first.ratio, (node.shape[0], 1, 1)) if vector else None
+        return _vector(node.shape[0], first.base if first.torus is None else position) if vector else None
     if isinstance(layer, Scale):
         return first if factors(layer, first) is not None else None
     if isinstance(layer, Rearrange):
@@ -255,7 +263,10 @@ def _summed(inputs: list[Place]) -> Place | None:
         return None
     if left.order is not None and right.order is not None and not torch.equal(left.order, right.order):
         return None
-    return replace(left, clean=left.clean and right.clean)
+    bases = {left.base, right.base} - {None}
+    if len(bases) > 1:  # two Gram matrices do not tell the norm of a sum
+        return None
+    return replace(left, clean=left.clean and right.clean, base=next(iter(bases), None))
 
 
 def _rearranged(layer: Rearrange, before: tuple[int, ...], after: tuple[int, ...], place: Place) -> Place | None:
