@@ -5,6 +5,8 @@ from lipfast._version import __version__
 from lipfast.certify import Certificate, certify
 from lipfast.ops.ball_conv2d import ball_conv2d
 from lipfast.ops.ball_linear import ball_linear
+from lipfast.ops.beta_abs import beta_abs
+from lipfast.ops.cayley import cayley
 from lipfast.ops.certified_radius import certified_radius
 from lipfast.ops.clipped_relu import clipped_relu
 from lipfast.ops.conv2d_norm_bound import conv2d_norm_bound
@@ -12,8 +14,13 @@ from lipfast.ops.conv2d_norm_confidence import conv2d_norm_confidence
 from lipfast.ops.conv2d_norm_estimate import conv2d_norm_estimate
 from lipfast.ops.interval_conv2d import interval_conv2d
 from lipfast.ops.interval_linear import interval_linear
+from lipfast.ops.l2_pool import l2_pool
 from lipfast.ops.max_min import max_min
 from lipfast.ops.pairwise_distance import pairwise_distance
+from lipfast.ops.polar import polar
+from lipfast.ops.skew import skew
+from lipfast.ops.skew_exponential import skew_exponential
+from lipfast.ops.spatial_shift import spatial_shift
 from lipfast.ops.spectral_norm_bound import spectral_norm_bound
 from lipfast.ops.spectral_norm_estimate import spectral_norm_estimate
 from lipfast.train import train
@@ -24,6 +31,8 @@ __all__ = [
     "__version__",
     "ball_conv2d",
     "ball_linear",
+    "beta_abs",
+    "cayley",
     "certified_radius",
     "certify",
     "clipped_relu",
@@ -32,9 +41,14 @@ __all__ = [
     "conv2d_norm_estimate",
     "interval_conv2d",
     "interval_linear",
+    "l2_pool",
     "loaded",
     "max_min",
     "pairwise_distance",
+    "polar",
+    "skew",
+    "skew_exponential",
+    "spatial_shift",
     "spectral_norm_bound",
     "spectral_norm_estimate",
     "train",

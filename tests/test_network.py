@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lipfast.nn
-from lipfast.bounds import lipschitz, read
+from lipfast import beta_abs, l2_pool, spatial_shift
+from lipfast.bounds import lipschitz, local_lipschitz, read
 from lipfast.bounds.interval import interval
-from lipfast.bounds.layers import Conv, Elementwise, Linear, Rearrange, Scale, Sum
+from lipfast.bounds.layers import Conv, Elementwise, L2Pool, Linear, Rearrange, Scale, Sum
 
 
 def kinds(network):
@@ -181,3 +182,79 @@ def test_functions_read_like_their_modules():
     assert isinstance(network.nodes[-1].layer, Linear)
     x = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(interval(Functional := Functional(), x, 0.0, kind="estimate").lower, Functional(x))
+
+
+class Shifted(nn.Module):
+    """LipNeXt's pointwise maps between convolutions, those that pad among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.wide = nn.Conv2d(2, 6, 2), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.activation, self.head = lipfast.nn.BetaAbs(0.5), nn.Linear(6, 3)
+        self.p = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        x = self.activation(self.mix(spatial_shift(self.stem(x) + self.p, ratio=1 / 6)))
+        return self.head(l2_pool(beta_abs(self.wide(spatial_shift(x, 1 / 6)), beta=0.9)))
+
+
+def test_reads_shifts_partial_absolute_values_and_pooling_over_all_pixels():
+    model = Shifted()
+    network = read(model, (2, 4, 5))
+    assert kinds(network)[1:4] == ["Conv", "Scale", "Rearrange"]
+    shifts = [n for n in network.nodes if n.name.startswith("spatial_shift")]
+    indices = torch.arange(72).reshape(1, 6, 3, 4)
+    assert all(torch.equal(n.layer.function(indices), spatial_shift(indices.double(), 1 / 6).long()) for n in shifts)
+    assert len(shifts) == 2
+    pool = next(n for n in network.nodes if isinstance(n.layer, L2Pool))
+    assert (pool.layer.terms, pool.layer.disjoint, pool.shape) == (12, True, (6, 1, 1))
+    assert network.nodes[-2].shape == (6,)
+    first, second = (n for n in network.nodes if isinstance(n.layer, Elementwise))
+    assert (first.name, second.name) == ("activation", "beta_abs")
+    assert next(n for n in read(model, (2, 9, 5)).nodes if isinstance(n.layer, L2Pool)).layer.terms == 32
+
+
+def test_a_partial_absolute_value_knows_its_slopes():
+    layer = read(lipfast.nn.BetaAbs(0.5), (5, 3)).nodes[1].layer
+    lower, upper = torch.tensor([-2.0, -1.0, 1.0]).repeat(2, 5, 1), torch.tensor([-1.0, 1.0, 2.0]).repeat(2, 5, 1)
+    least, greatest = layer.slopes_on(lower, upper)
+    assert least[0].tolist() == [[-1, -1, 1]] * 2 + [[1, 1, 1]] * 3
+    assert greatest[0].tolist() == [[-1, 1, 1]] * 2 + [[1, 1, 1]] * 3
+    assert layer.slopes == (-1, 1)
+    assert layer.constant_on(lower, upper) is None
+    box = interval(nn.Sequential(lipfast.nn.BetaAbs(0.5)), torch.tensor([[-1.5, 0.1, -1.5, 0.1]]), 0.5)
+    assert box.lower[0].tolist() == pytest.approx([1, 0, -2, -0.4], abs=1e-6)
+    assert box.upper[0].tolist() == pytest.approx([2, 0.6, -1, 0.6], abs=1e-6)
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_no_bound_of_shifts_and_partial_absolute_values_is_beaten(p):
+    model, dual = Shifted().double(), {2: 2, math.inf: 1}[p]
+    x = torch.randn(30, 2, 4, 5, dtype=torch.float64)
+    J = torch.func.vmap(torch.func.jacrev(lambda v: model(v[None])[0]))(x).flatten(2)  # (B, K, n)
+    true = torch.linalg.vector_norm(J[:, :, None] - J[:, None], ord=dual, dim=3)
+    for method in ("product", "liplt"):
+        found = lipschitz(model, (2, 4, 5), p=p, method=method)
+        assert (true <= found * (1 + 1e-12)).all()
+        assert (found < 1000 * true.amax(0) + 1e-12).all()  # finite, and no accident
+        if p == 2:
+            local = local_lipschitz(model, x, 1e-3, method=method)
+            assert (true <= local * (1 + 1e-12)).all()
+            assert (local <= found * (1 + 1e-9)).all()
+    eps = 0.3
+    box = interval(model, x, eps, p=p)
+    for _ in range(200):
+        step = torch.randn_like(x)
+        step = eps * (step.sign() if p == math.inf else step / step.flatten(1).norm(dim=1)[:, None, None, None])
+        y = model(x + step * torch.rand(30, 1, 1, 1, dtype=x.dtype))
+        assert (box.lower <= y).all()
+        assert (y <= box.upper).all()
+
+
+def test_a_call_with_a_beta_or_ratio_that_does_not_fit_is_named():
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return spatial_shift(beta_abs(x))
+
+    with pytest.raises(ValueError, match="spatial_shift: ratio must make a whole number of the 12 channels"):
+        read(Wrong(), (12, 3, 3))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lipfast import rounding
 from lipfast.bounds.layers import (
+    ABSOLUTE,
     AveragePool,
     Conv,
     Elementwise,
@@ -21,10 +22,12 @@ from lipfast.bounds.layers import (
     MaxMin,
     MaxPool,
     Pad,
+    PartialAbs,
     Rearrange,
     Scale,
     Sum,
 )
+from lipfast.ops.beta_abs import folded
 from lipfast.ops.interval_conv2d import interval_conv2d
 from lipfast.ops.interval_linear import interval_linear
 from lipfast.ops.max_min import max_min
@@ -155,6 +158,13 @@ def _(layer: Elementwise, box: Box, *, kind: str) -> Box:
         low = low - (unit * (1 + lower.abs() + low.abs()) + layer.jump)
         high = high + (unit * (1 + upper.abs() + high.abs()) + layer.jump)
     return low, high
+
+
+@image.register
+def _(layer: PartialAbs, box: Box, *, kind: str) -> Box:
+    n = folded(layer.beta, box[0].shape[1])
+    lower, upper = image(ABSOLUTE, (box[0][:, :n], box[1][:, :n]), kind=kind)
+    return torch.cat([lower, box[0][:, n:]], 1), torch.cat([upper, box[1][:, n:]], 1)
 
 
 @image.register

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lipfast.nn
 from lipfast.bounds.layers import (
+    ABSOLUTE,
     AveragePool,
     Conv,
     Elementwise,
@@ -21,13 +22,18 @@ from lipfast.bounds.layers import (
     MaxMin,
     MaxPool,
     Pad,
+    PartialAbs,
     Rearrange,
     Scale,
     Unsupported,
 )
 from lipfast.ops._clip import clip
+from lipfast.ops.beta_abs import beta_abs
 from lipfast.ops.clipped_relu import clipped_relu
+from lipfast.ops.l2_pool import l2_pool_over
 from lipfast.ops.max_min import max_min
+from lipfast.ops.spatial_shift import reference as shifted
+from lipfast.ops.spatial_shift import spatial_shift
 
 
 def knows(module: nn.Module) -> bool:
@@ -148,6 +154,13 @@ def _(module, name: str) -> list[Layer]:
     return [L2Pool(square_sum, terms, _disjoint(module))]
 
 
+class _WholeImage(L2Pool):
+    """To one pixel per channel, which a rearrangement then drops: a pooled image is an image."""
+
+    def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[0], 1, 1
+
+
 def _size(kernel, module) -> int:
     if isinstance(kernel, tuple):
         return math.prod(kernel)
@@ -169,6 +182,11 @@ def _(module: lipfast.nn.MaxMin, name: str) -> list[Layer]:
 
 
 @of_module.register
+def _(module: lipfast.nn.BetaAbs, name: str) -> list[Layer]:
+    return [_beta_abs(module.beta)]
+
+
+@of_module.register
 def _(module: lipfast.nn.ClippedMaxMin, name: str) -> list[Layer]:
     if module.upper.ndim == 0:
         raise Unsupported(name, "ClippedMaxMin with one threshold for all units (give it the shape of a sample)")
@@ -181,6 +199,10 @@ def _(module: lipfast.nn.ClippedMaxMin, name: str) -> list[Layer]:
 @of_module.register
 def _(module: lipfast.nn.ClippedReLU, name: str) -> list[Layer]:
     return [_clipped(module.threshold)]
+
+
+def _beta_abs(beta: float = 0.5) -> Layer:
+    return PartialAbs("beta_abs", partial(beta_abs, beta=beta), ABSOLUTE.slopes, beta=beta)
 
 
 def _clipped(threshold) -> Layer:
@@ -258,13 +280,20 @@ def of_function(function, name: str, args: tuple, kwargs: dict, shape: tuple[int
     if function in (F.linear, F.conv1d, F.conv2d):
         return _affine_function(function, args, kwargs)
     if function in (torch.abs, "abs", abs, operator.abs):
-        return [Elementwise("abs", torch.abs, (-1.0, 1.0), (0.0, 0.0, 0.0), kinks=(0.0,), pieces=(-1.0, 1.0))]
+        return [ABSOLUTE]
     if function in (torch.neg, "neg", operator.neg):
         return [Scale(factor=torch.tensor(-1.0))]
     if function is clipped_relu:
         return [_clipped(*args, **kwargs)]
     if function is max_min:
         return [MaxMin()]
+    if function is beta_abs:
+        return [_beta_abs(*args, **kwargs)]
+    if function is spatial_shift:  # its definition moves any numbers, an analysis's indices and masks too
+        return [Rearrange(lambda x: shifted(x, *args, **kwargs))]
+    if function is l2_pool_over:
+        (pixels,) = args
+        return [_WholeImage(lambda x: x.sum((2, 3), keepdim=True), pixels, True), Rearrange(lambda x: x.flatten(1))]
     if function in (F.dropout, F.dropout1d, F.dropout2d):
         return of_module(
             nn.Dropout(*args, **{k: v for k, v in kwargs.items() if k == "p"}).train(kwargs.get("training", True)), name

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lipfast.ops.beta_abs import folded
+
 
 class Layer:
     """Base of all kinds, for the type checker and for rules that hold for every one."""
@@ -152,6 +154,22 @@ class Elementwise(Layer):
             low, high = torch.where(misses, low, low.clamp(max=slope)), torch.where(misses, high, high.clamp(min=slope))
         known = low <= high
         return torch.where(known, low, least), torch.where(known, high, greatest)
+
+
+ABSOLUTE = Elementwise("abs", torch.abs, (-1.0, 1.0), (0.0, 0.0, 0.0), kinks=(0.0,), pieces=(-1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class PartialAbs(Elementwise):
+    """The absolute value in the first channels; the slopes of a box are known to be 1 in the others."""
+
+    beta: float = 0.5
+
+    def slopes_on(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        n = folded(self.beta, lower.shape[1])
+        least, greatest = ABSOLUTE.slopes_on(lower[:, :n], upper[:, :n])
+        same = torch.ones_like(lower[:, n:])
+        return torch.cat([least, same], 1), torch.cat([greatest, same], 1)
 
 
 @dataclass(frozen=True)
