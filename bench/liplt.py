@@ -144,28 +144,31 @@ def bottlenecks(classes: int, blocks: tuple[int, ...] = (3, 4, 6, 3), width: int
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, classes))
 
 
-def _theirs(net: nn.Module, shape: tuple[int, ...], device: str) -> Callable[[], Tensor] | None:
+class _Authors:
     """Their bound on the same parameters, with the vectors of one step before."""
+
+    def __init__(self, network: type, net: nn.Module, shape: tuple[int, ...], device: str):
+        settings = {"perClassLipschitz": False, "pairwiseLipschitz": True, "numberOfPowerIterations": ITERATIONS}
+        self.peer = network(list(net.children()), shape, torch.device(device), **settings)
+        with torch.no_grad():
+            self.peer.calculateNetworkLipschitz()
+        self.start = self.peer.batchEigenVectorDictionary
+
+    def __call__(self) -> Tensor:
+        self.peer.batchEigenVectorDictionary = [v.detach() for v in self.start]
+        return self.peer.calculateNetworkLipschitz()
+
+
+def _theirs(net: nn.Module, shape: tuple[int, ...], device: str) -> _Authors | None:
     try:
         from Networks.NetworkModels import SequentialLipltLipschitz
     except ImportError:
         return None
-    settings = {"perClassLipschitz": False, "pairwiseLipschitz": True, "numberOfPowerIterations": ITERATIONS}
-    peer = SequentialLipltLipschitz(list(net.children()), shape, torch.device(device), **settings)
-    with torch.no_grad():
-        peer.calculateNetworkLipschitz()
-    start = peer.batchEigenVectorDictionary
-
-    def bound() -> Tensor:
-        peer.batchEigenVectorDictionary = [v.detach() for v in start]
-        return peer.calculateNetworkLipschitz()
-
-    bound.peer = peer  # type: ignore[attr-defined]
-    return bound
+    return _Authors(SequentialLipltLipschitz, net, shape, device)
 
 
 @torch.no_grad()
-def _check(net: nn.Module, shape: tuple[int, ...], theirs: Any) -> None:
+def _check(net: nn.Module, shape: tuple[int, ...], theirs: _Authors) -> None:
     """Never time a wrong bound: converged, both are the same."""
     own = liplt(net, shape, _CONVERGED).pairwise
     theirs.peer.numberOfPowerIterations = _CONVERGED
