@@ -287,3 +287,28 @@ def test_names_a_weight_that_is_no_matrix_and_negative_iterations():
         spectral_norm_bound(torch.randn(3))
     with pytest.raises(ValueError, match="spectral_norm_bound: iterations must be 0 or more, got -1"):
         spectral_norm_bound(torch.randn(3, 3), iterations=-1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("drift", [0.0, 1e-12, 1e-7, 1e-5, 1e-3, 0.03])
+def test_near_an_orthogonal_matrix_is_never_below_and_hardly_above(drift, scale, device):
+    weight = (
+        torch.stack([orthogonal(96) for _ in range(3)]) + drift * torch.randn(3, 96, 96, dtype=torch.float64) / 10
+    ) * scale
+    exact = norm(weight)
+    bound = spectral_norm_bound(weight.to(device)).cpu()
+    assert (bound >= exact * SVD).all()
+    assert (bound <= exact * (1 + 2e-3 * min(1.0, drift * 1e3) + 1e-11)).all()
+
+
+def test_near_an_orthogonal_matrix_exceeds_exactly(device):
+    for n in range(40):
+        weight = (orthogonal(4) + 10.0 ** -(n % 17) * torch.randn(4, 4, dtype=torch.float64)).to(device)
+        assert exceeds_exactly(spectral_norm_bound(weight).item(), weight)
+
+
+def test_a_batch_with_one_matrix_far_from_orthogonal_is_bounded_matrix_by_matrix(device):
+    weight = torch.stack([orthogonal(40), torch.randn(40, 40, dtype=torch.float64)]).to(device)
+    bound, exact = spectral_norm_bound(weight), norm(weight)
+    assert (bound >= exact * SVD).all() and (bound <= 1.001 * exact).all()
+    assert bound[0] <= exact[0] * (1 + 1e-11)

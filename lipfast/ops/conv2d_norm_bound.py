@@ -161,7 +161,7 @@ def _torus_norm(weight: Tensor, sides: list[_Side], error: Tensor, iterations: i
     bounds, found = [], []
     for part in _frequencies(weight, sides):
         S = _symbols(weight, part, sides)
-        for steps in (3, 6, iterations):
+        for steps in (3, 6, iterations) if len(part) > 1 else (iterations,):
             rough = gram_norm(S, min(steps, iterations), error).amax(1)
             bound, first = rough.max(0)
             if steps < iterations:
@@ -224,7 +224,7 @@ def backward(ctx, grad, _frequency):
     symbol = lambda w: torch.view_as_real(_symbols(w.unflatten(0, (groups, -1)), frequency[None], sides)[0])
     S, pull = torch.func.vjp(symbol, weight.double())[:2]
     S = torch.view_as_complex(S)  # (G, O, C s s)
-    norms = gram_norm(S, ctx.iterations)
+    norms = gram_norm(S, ctx.iterations, chain=True)  # the other way reads numbers, which a trace cannot
     first = torch.arange(groups, device=weight.device) == norms.argmax()
     slope = gram_gradient(S, norms, ctx.iterations) * first[:, None, None] * grad * _repeats(sides)
     return pull(torch.view_as_real(slope))[0].to(weight.dtype), *[None] * 8
