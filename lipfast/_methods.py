@@ -5,7 +5,6 @@ of a radius is a proof of its own, and a proof at one radius covers all smaller 
 order: it can miss, never overstate.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lipfast import bounds
 from lipfast.bounds import interval_margin
+from lipfast.bounds._margins import Margins
 from lipfast.ops.certified_radius import certified_radius
 
 Radii = Callable[[Tensor, Tensor], Tensor]  # images (B, ...), their prediction (B,) -> (B,) float64
@@ -106,16 +106,20 @@ METHODS = {
 
 def _everywhere(task: Task, method: str, norms: bounds.Norms | None = None) -> Radii:
     """Radii from the constants over all inputs, of a method of :func:`lipfast.bounds.lipschitz`."""
+    bound = task.kind == "bound"
+    if norms is None and bound and method == "product" and task.p == 2:
+        norms = bounds.norms(task.model, task.input_shape)
     asked = task.input_shape, task.p, method, task.kind, norms
     explicit = _EXPLICIT if method == "liplt" and math.prod(task.input_shape) <= _SMALL else 0
     constants = bounds.lipschitz(task.model, *asked, iterations=_ITERATIONS, explicit=explicit).double()  # (K, K)
     sound = constants.isfinite().all()
-    # In float64: the box that rounding puts around a value grows from layer to layer as boxes do.
-    model = copy.deepcopy(task.model).double() if task.kind == "bound" else task.model
+    proven = Margins(task.model, task.input_shape, norms) if bound else None
 
     def radii(x: Tensor, prediction: Tensor) -> Tensor:
-        image = x.double() if task.kind == "bound" else x
-        margin = interval_margin(model, image, prediction, 0.0, task.p, task.kind).double()
+        if proven is None:
+            margin = interval_margin(task.model, x, prediction, 0.0, task.p, task.kind).double()
+        else:
+            margin = proven(x, prediction)
         # As logits: 0 for the prediction, below it for the others, and their differences are the margins, exactly.
         radius, first = certified_radius(-margin, constants)
         radius = radius.where((first == prediction) & sound, 0.0)

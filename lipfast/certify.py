@@ -1,5 +1,6 @@
 """Certification: for each image the radius within which no change of the pixels changes the prediction."""
 
+import copy
 import io
 import json
 import math
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lipfast import figures
 from lipfast._methods import METHODS, Task
 from lipfast._version import __version__
 from lipfast.bounds import read
 from lipfast.checkpoint import replace_file
-from lipfast.data import Dataset, unit
+from lipfast.data import Dataset, Folder, unit
 from lipfast.figures import KINDS, kind_name, norm_name
 
 
@@ -143,7 +145,7 @@ def certify(
 
     Args:
         model: any network that :mod:`lipfast.bounds` reads. It is put into eval mode, and back.
-        data: a :class:`lipfast.data.Dataset`, a pair (images (B, ...), labels (B,)), or an iterable of such pairs.
+        data: a :class:`lipfast.data.Dataset` or :class:`lipfast.data.Folder`, a pair (images (B, ...), labels (B,)), or an iterable of such pairs.
             uint8 images become floats in [0, 1]. Images are cast to the dtype of the parameters: the ball is around the
             image that the network sees.
         eps: one radius or several, in the l_p norm and in units of the pixels handed over. Each is tried for each image,
@@ -183,10 +185,12 @@ def certify(
     with _evaluating(model, device) as like, torch.no_grad():
         shape = tuple(images.shape[1:])
         _check_labels(labels, read(model, shape).nodes[-1].shape)
+        model = _plain(model)
         task = Task(model, shape, levels, p, kind, pixel_range, resolution, float(failure_probability))
         radii = METHODS[method].prepare(task)
         for batch in _bar(images.split(batch_size), progress):
-            x = batch.to(like) if like is not None else batch
+            x = unit(batch)
+            x = x.to(like) if like is not None else x
             logits = model(x)
             y = logits.argmax(1)
             radius.append(torch.where(logits.isfinite().all(1), radii(x, y), 0).cpu())
@@ -262,16 +266,17 @@ def _read(data: Any, limit: int | None) -> tuple[Tensor, Tensor, str]:
             break
     if not count:
         raise ValueError("certify: data must have at least one image, got none")
-    return unit(torch.cat(images)[:limit]), torch.cat(labels)[:limit], data.name if isinstance(data, Dataset) else ""
+    name = data.name if isinstance(data, (Dataset, Folder)) else ""
+    return torch.cat(images)[:limit], torch.cat(labels)[:limit], name
 
 
 def _check_images(images: Tensor, pixel_range: tuple[float, float] | None) -> None:
-    if not images.is_floating_point():
+    if not images.is_floating_point() and images.dtype != torch.uint8:
         raise ValueError(f"certify: images must be floating, with pixels in [0, 1], or uint8, got {images.dtype}")
     broken = ~images.flatten(1).isfinite().all(1)
     if broken.any():
         raise ValueError(f"certify: pixels must be finite, got NaN or Inf in image {broken.nonzero()[0].item()}")
-    low, high = (t.item() for t in images.aminmax())
+    low, high = (unit(t).item() for t in images.aminmax())
     if pixel_range is not None and not pixel_range[0] <= low <= high <= pixel_range[1]:
         raise ValueError(f"certify: pixels must be within pixel_range {pixel_range}, got {low:g} to {high:g}")
     if low < 0 or high > 1:
@@ -289,7 +294,10 @@ def _check_labels(labels: Tensor, output_shape: tuple[int, ...]) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[Tensor | None]:
-    """The model in eval mode on ``device``, and afterwards as it was. Yields a parameter, for its dtype and device."""
+    """The model in eval mode on ``device``, and afterwards as it was. Yields a parameter, for its dtype and device.
+
+    No autocast: what it would round is not what the weights say.
+    """
     modes = [(m, m.training) for m in model.modules()]
     parameter = next(model.parameters(), None)
     home = parameter.device if parameter is not None else None
@@ -301,12 +309,30 @@ def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"certify: device must be one that torch can use, got {device}: {reason}") from error
         model.eval()
-        yield next(model.parameters(), None)
+        like = next(model.parameters(), None)
+        with torch.autocast(like.device.type if like is not None else "cpu", enabled=False):
+            yield like
     finally:
         if home is not None and device is not None:
             model.to(home)
         for module, mode in modes:
             module.training = mode
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model with the weights that its parametrizations compute, as numbers: each step of a proof then reads the same."""
+    if not any(parametrize.is_parametrized(module) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):  # torch's own removal would alter the class, which the original shares
+            names = dict(module.parametrizations.named_children())  # type: ignore[operator, union-attr]
+            weights = {name: nn.Parameter(getattr(module, name).detach().clone()) for name in names}
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, weight in weights.items():
+                module.register_parameter(name, weight)
+    return model
 
 
 def _bar(batches: Sequence[Tensor], progress: bool) -> Iterable[Tensor]:

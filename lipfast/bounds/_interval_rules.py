@@ -116,12 +116,12 @@ def _(layer: AveragePool, box: Box, *, kind: str) -> Box:
     lower, upper = layer.function(box[0]), layer.function(box[1])
     if kind == "bound":
         size = layer.function(torch.maximum(box[0].abs(), box[1].abs()))
-        slack = _sum_error(layer.terms, size) * size + torch.finfo(size.dtype).tiny
+        slack = sum_error(layer.terms, size) * size + torch.finfo(size.dtype).tiny
         lower, upper = lower - slack, upper + slack
     return lower, upper
 
 
-def _sum_error(terms: int, like: Tensor) -> float:
+def sum_error(terms: int, like: Tensor) -> float:
     # Pooling sums halves in float32 and rounds once to them, which two spacings cover.
     return 2 * rounding.gamma(terms, like.dtype, like.device) + 2 * torch.finfo(like.dtype).eps
 
@@ -139,7 +139,7 @@ def _(layer: L2Pool, box: Box, *, kind: str) -> Box:
     low, high = layer.square_sum(least * least).sqrt(), layer.square_sum(greatest * greatest).sqrt()
     if kind == "bound":
         # Squares below the smallest normal number may vanish: at most sqrt(terms tiny) of the norm.
-        error = _sum_error(layer.terms + 4, high)
+        error = sum_error(layer.terms + 4, high)
         lost = 2 * math.sqrt(layer.terms * torch.finfo(high.dtype).tiny)
         low, high = (low * (1 - error) - lost).clamp_min(0), high * (1 + error) + lost
     return low, high

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
 from lipfast.ops.ball_linear import checked_ball, outward_box
-from lipfast.ops.interval_conv2d import _output_size, _plain_conv2d, geometry
+from lipfast.ops.interval_conv2d import _output_size, geometry, plain_conv2d
 
 
 def ball_conv2d(
@@ -111,7 +111,7 @@ def reference(
     radius = radius.reshape(-1, 1, 1, 1)
     if outward:
         column = None if bias is None else bias[:, None, None]
-        product = lambda x, w: _plain_conv2d(x, w, *where, groups)
+        product = lambda x, w: plain_conv2d(x, w, *where, groups)
         return outward_box(center, radius, norms, weight, column, weight[0].numel(), product)
     mid = F.conv2d(center, weight, bias, *where, groups)
     reach = radius * norms.to(center.dtype)

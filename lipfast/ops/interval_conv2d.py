@@ -98,13 +98,13 @@ def reference(
     if outward:
         bias = None if bias is None else bias[:, None, None]
         terms = weight[0].numel()
-        return rounding.image(lower, upper, weight, bias, terms, lambda x, w: _plain_conv2d(x, w, *where))
+        return rounding.image(lower, upper, weight, bias, terms, lambda x, w: plain_conv2d(x, w, *where))
     center = F.conv2d((lower + upper) / 2, weight, bias, *where)
     radius = F.conv2d((upper - lower) / 2, weight.abs(), None, *where)
     return center - radius, center + radius
 
 
-def _plain_conv2d(x: Tensor, weight: Tensor, stride, padding, dilation, groups) -> Tensor:
+def plain_conv2d(x: Tensor, weight: Tensor, stride, padding, dilation, groups) -> Tensor:
     # conv2d may use transforms (Winograd, FFT) whose rounding is not that of a sum of products; unfold and matmul may not.
     O, _, KH, KW = weight.shape
     B = x.shape[0]
