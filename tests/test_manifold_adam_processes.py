@@ -82,7 +82,7 @@ def fsdp(rank, half, want):
     with torch.no_grad():
         if rank == 1:
             model[2].mixing.to_local().mul_(2)  # only this process sees it, and all refuse
-    with pytest.raises(ValueError, match="of 2.mixing must be orthogonal"):
+    with pytest.raises(ValueError, match=r"of 2.mixing must be orthogonal"):
         optimizer.step()
     if rank == 0:
         assert torch.equal(model[2].mixing.to_local(), before)

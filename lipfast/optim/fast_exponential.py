@@ -8,9 +8,9 @@ The order follows the Frobenius norm of each matrix:
     otherwise        the exponential itself
 
 For an eigenvalue i t of A the singular values of the three sums are sqrt(1 + t^4/4), sqrt(1 - t^4/12 + t^6/36) and
-sqrt(1 - t^6/72 + t^8/576), and t <= |A|_F / sqrt(2): at the end of its range each is within 2e-7, 4.1e-5 and 8.2e-4 of 1. A single
-pair of eigenvalues attains that; matrices of many are closer by far. The second order makes norms larger than 1, so a
-certificate has to measure them.
+sqrt(1 - t^6/72 + t^8/576), and t <= |A|_F / sqrt(2): at the end of its range each is within 2e-7, 4.1e-5 and 8.2e-4 of 1.
+A single pair of eigenvalues attains that; matrices of many are closer by far. The second order makes norms larger than 1,
+so a certificate has to measure them.
 """
 
 import torch

@@ -13,8 +13,7 @@ Every other parameter takes AdamW's step and, with lookahead, the ordinary avera
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -26,9 +25,21 @@ from torch.optim.adam import adam
 
 from lipfast.ops.polar import polar
 from lipfast.ops.skew import skew
+from lipfast.optim._matrices import (
+    Part,
+    any_process,
+    buckets,
+    check_matrix,
+    distance,
+    exact_products,
+    matrices,
+    named,
+    parts,
+    together,
+    whole,
+)
 from lipfast.optim.fast_exponential import less_identity
 
-_AT_ONCE = 2**25  # numbers of one batched update: enough to fill a GPU, and its five temporaries stay small
 _OFF = 0.01  # root mean square of the eigenvalues of X^T X - I from which X is not taken for an orthogonal matrix
 
 
@@ -43,8 +54,7 @@ def parameter_groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
         for path, module in model.named_modules()
         for name in getattr(module, "orthogonal_parameters", ())
     }
-    named = list(model.named_parameters())
-    split = [[(n, p) for n, p in named if (n in listed) == orthogonal] for orthogonal in (True, False)]
+    split = [[(n, p) for n, p in model.named_parameters() if (n in listed) == orthogonal] for orthogonal in (True, False)]
     return [
         {"params": part, "orthogonal": orthogonal, **settings}
         for part, orthogonal in zip(split, (True, False), strict=True)
@@ -121,9 +131,9 @@ class ManifoldAdam(Optimizer):
         try:
             _check_settings(group)
             if group["orthogonal"]:
-                for name, p in _named(group):
-                    _check_matrix(name, p)
-                for bucket in _buckets(group["params"]):
+                for name, p in named(group):
+                    check_matrix(name, p)
+                for bucket in buckets(group["params"]):
                     self._shares(bucket)
         except ValueError:
             self.param_groups.pop()
@@ -141,7 +151,7 @@ class ManifoldAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _exact_products():
+        with exact_products():
             self._check_gradients()
             self._check_orthogonal()
             for group in self.param_groups:
@@ -154,20 +164,20 @@ class ManifoldAdam(Optimizer):
     @torch.no_grad()
     def retract(self) -> None:
         """Replaces every orthogonal matrix, slow ones too, by the nearest that is: to do before weights are kept."""
-        with _exact_products():
-            for bucket in (b for group in self.param_groups if group["orthogonal"] for b in _buckets(group["params"])):
-                for part in _parts(self._shares(bucket)):
+        with exact_products():
+            for bucket in (b for group in self.param_groups if group["orthogonal"] for b in buckets(group["params"])):
+                for part in parts(self._shares(bucket)):
                     self._retract(part)
                 self._exchange(bucket)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        for bucket in _buckets(group["params"]):
+        for bucket in buckets(group["params"]):
             live = [(p, own) for p, own in self._shares(bucket) if p.grad is not None]
             for p, own in live:
                 self._start(p, own, group["lookahead"])
             step_of = lambda share: int(self.state[share[0]]["step"])
             for step, shares in groupby(sorted(live, key=step_of), step_of):
-                for part in _parts(list(shares)):
+                for part in parts(list(shares)):
                     self._move(group, part, step + 1)
             for p, _ in live:
                 self.state[p]["step"] += 1
@@ -175,18 +185,18 @@ class ManifoldAdam(Optimizer):
 
     def _start(self, p: Tensor, own: slice, lookahead: int) -> None:
         state = self.state[p]
-        here = p.detach() if self._group is None else _matrices(p)[own]
+        here = p.detach() if self._group is None else matrices(p)[own]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(here), torch.zeros_like(here)
         if lookahead and "slow" not in state:
             state["slow"], state["travelled"] = here.clone(), torch.zeros_like(here)
 
-    def _move(self, group: dict[str, Any], part: "Part", step: int) -> None:
+    def _move(self, group: dict[str, Any], part: Part, step: int) -> None:
         """The step numbered ``step`` of some matrices, and what falls due with it."""
         (b1, b2), eps = group["betas"], group["eps"]
         X, m, v = self._read(part, None), self._read(part, "exp_avg"), self._read(part, "exp_avg_sq")
-        gradient = _together([_matrices(p.grad)[rows] for p, rows, _ in part if p.grad is not None]).to(X.dtype)
+        gradient = together([matrices(p.grad)[rows] for p, rows, _ in part if p.grad is not None]).to(X.dtype)
         g = skew(X.mT @ gradient)
         m = m.lerp(g, 1 - b1)
         v = (v * b2).addcmul_(g, g, value=1 - b2)
@@ -206,7 +216,7 @@ class ManifoldAdam(Optimizer):
         if group["retraction"] and step % group["retraction"] == 0:
             self._retract(part)
 
-    def _retract(self, part: "Part") -> None:
+    def _retract(self, part: Part) -> None:
         for name in (None, "slow"):
             if name is None or all(name in self.state.get(p, {}) for p, _, _ in part):
                 self._write(part, name, polar(self._read(part, name)))
@@ -233,7 +243,7 @@ class ManifoldAdam(Optimizer):
 
     def _shares(self, bucket: list[Tensor]) -> list[tuple[Tensor, slice]]:
         """Which matrices of each parameter this process updates."""
-        counts = [len(_matrices(p)) for p in bucket]
+        counts = [len(matrices(p)) for p in bucket]
         if self._group is None:
             return [(p, slice(0, n)) for p, n in zip(bucket, counts, strict=True)]
         N, world, rank = sum(counts), dist.get_world_size(self._group), dist.get_rank(self._group)
@@ -252,59 +262,56 @@ class ManifoldAdam(Optimizer):
     def _exchange(self, bucket: list[Tensor]) -> None:
         """Gives every process the matrices that the others have updated, exactly: all but one add zeros."""
         for p, own in self._shares(bucket) if self._group is not None else ():
-            matrices = _matrices(p)
-            matrices[: own.start].zero_()
-            matrices[own.stop :].zero_()
-            dist.all_reduce(matrices, group=self._group)
+            stack = matrices(p)
+            stack[: own.start].zero_()
+            stack[own.stop :].zero_()
+            dist.all_reduce(stack, group=self._group)
         for p in bucket:
-            self._seen[p] = _matrices(p)._version
+            self._seen[p] = matrices(p)._version
 
-    def _read(self, part: "Part", name: str | None) -> Tensor:  # (B, d, d)
+    def _read(self, part: Part, name: str | None) -> Tensor:  # (B, d, d)
         """Parameters (None) or an entry of their state."""
-        return _together(self._views(part, name))
+        return together(self._views(part, name))
 
-    def _write(self, part: "Part", name: str | None, values: Tensor) -> None:
+    def _write(self, part: Part, name: str | None, values: Tensor) -> None:
         views = self._views(part, name)
         for view, value in zip(views, values.split([len(view) for view in views]), strict=True):
             view.copy_(value)
 
-    def _views(self, part: "Part", name: str | None) -> list[Tensor]:
+    def _views(self, part: Part, name: str | None) -> list[Tensor]:
         if name is None:
-            return [_matrices(p)[rows] for p, rows, _ in part]
-        return [_matrices(self.state[p][name])[slice(rows.start - o, rows.stop - o)] for p, rows, o in part]
+            return [matrices(p)[rows] for p, rows, _ in part]
+        return [matrices(self.state[p][name])[slice(rows.start - o, rows.stop - o)] for p, rows, o in part]
 
     def _check_gradients(self) -> None:
-        grads = [(name, p.grad) for group in self.param_groups for name, p in _named(group) if p.grad is not None]
+        grads = [(name, p.grad) for group in self.param_groups for name, p in named(group) if p.grad is not None]
         for kind in (True, False):
             of_kind = [(name, g) for name, g in grads if hasattr(g, "full_tensor") == kind]
-            total = _whole(nn.utils.get_total_norm([g for _, g in of_kind])) if of_kind else torch.zeros(())
+            total = whole(nn.utils.get_total_norm([g for _, g in of_kind])) if of_kind else torch.zeros(())
             for name, g in () if total.isfinite() else of_kind:
-                if not _whole(torch.linalg.vector_norm(g, dtype=torch.float32)).isfinite():
+                if not whole(torch.linalg.vector_norm(g, dtype=torch.float32)).isfinite():
                     raise ValueError(
                         f"ManifoldAdam: the gradient of {name} must be finite, got NaN, Inf or overflow: no step taken"
                     )
 
     def _check_orthogonal(self) -> None:
-        named = [entry for group in self.param_groups if group["orthogonal"] for entry in _named(group)]
-        unknown = [entry for entry in named if self._seen.get(entry[1]) != _matrices(entry[1])._version]
-        sharded = [p for _, p in named if hasattr(p, "device_mesh")]
-        if sharded and _any_process(sharded[0], bool(unknown)):  # then all look, for they must raise together
-            unknown = named
+        known = [entry for group in self.param_groups if group["orthogonal"] for entry in named(group)]
+        unknown = [entry for entry in known if self._seen.get(entry[1]) != matrices(entry[1])._version]
+        sharded = [p for _, p in known if hasattr(p, "device_mesh")]
+        if sharded and any_process(sharded[0], bool(unknown)):  # then all look, for they must raise together
+            unknown = known
         for name, p in unknown:
             slow = self.state.get(p, {}).get("slow")
             for what, t in (("", p), (" (state slow)", slow)) if slow is not None else (("", p),):
-                off = torch.stack([_distance(X) for X in _matrices(t)]).cpu() if len(_matrices(t)) else torch.zeros(1)
-                if _any_process(p, not bool((off <= _OFF).all())):
+                off = torch.stack([distance(X) for X in matrices(t)]).cpu() if len(matrices(t)) else torch.zeros(1)
+                if any_process(p, not bool((off <= _OFF).all())):
                     worst = int(off.nan_to_num(math.inf).argmax())
                     at = f"matrix {worst} of {name}" if p.ndim == 3 else name
                     raise ValueError(
                         f"ManifoldAdam: {at}{what} must be orthogonal: |X^T X - I|_F / sqrt(d) must be at most {_OFF}, "
                         f"got {off[worst]:.3g}; lipfast.polar gives the nearest orthogonal matrix; no step taken"
                     )
-            self._seen[p] = _matrices(p)._version
-
-
-Part = list[tuple[Tensor, slice, int]]  # parameter, its rows here, the first row that its state holds
+            self._seen[p] = matrices(p)._version
 
 
 def _check_settings(group: dict[str, Any]) -> None:
@@ -318,92 +325,3 @@ def _check_settings(group: dict[str, Any]) -> None:
             raise ValueError(f"ManifoldAdam: {name} must be a number of steps, 0 for none, got {group[name]}")
     if not 0 < group["alpha"] <= 1:
         raise ValueError(f"ManifoldAdam: alpha must be above 0 and at most 1, got {group['alpha']}")
-
-
-def _check_matrix(name: str, p: Tensor) -> None:
-    if p.ndim not in (2, 3) or p.shape[-1] != p.shape[-2] or p.shape[-1] < 1:
-        raise ValueError(f"ManifoldAdam: {name} must be orthogonal matrices (d, d) or (N, d, d), got {tuple(p.shape)}")
-    if p.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"ManifoldAdam: {name} must be float32 or float64 (autocast computes with half types beside it), got {p.dtype}"
-        )
-    for placement in getattr(p, "placements", ()):
-        if not placement.is_replicate() and not (placement.is_shard(0) and p.ndim == 3):
-            raise ValueError(
-                f"ManifoldAdam: {name} must be sharded into whole matrices, got {placement} of {tuple(p.shape)}: "
-                "stack the matrices as (N, d, d) and shard dimension 0"
-            )
-
-
-def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    names = group.get("param_names") or [f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(group["params"])]
-    return list(zip(names, group["params"], strict=True))
-
-
-def _buckets(params: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters that can be updated together."""
-    found: dict[Any, list[Tensor]] = {}
-    for p in params:
-        found.setdefault((p.shape[-1], p.dtype, p.device), []).append(p)
-    return list(found.values())
-
-
-def _parts(shares: list[tuple[Tensor, slice]]) -> Iterator[Part]:
-    """The shares cut and joined into updates of at most _AT_ONCE numbers, or one matrix."""
-    part: Part = []
-    room = most = max(1, _AT_ONCE // shares[0][0].shape[-1] ** 2) if shares else 0
-    for p, own in shares:
-        at = own.start
-        while at < own.stop:
-            taken = min(room, own.stop - at)
-            part.append((p, slice(at, at + taken), own.start))
-            at, room = at + taken, room - taken
-            if room == 0:
-                yield part
-                part, room = [], most
-    if part:
-        yield part
-
-
-def _matrices(t: Tensor) -> Tensor:  # (d, d) or (N, d, d) -> (N, d, d)
-    """This process's whole matrices, without gradient, in the same memory."""
-    local = t.to_local() if hasattr(t, "to_local") else t
-    return local.detach() if t.ndim == 3 else local.detach()[None]
-
-
-def _together(views: list[Tensor]) -> Tensor:
-    return views[0] if len(views) == 1 else torch.cat(views)
-
-
-def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def _distance(X: Tensor) -> Tensor:
-    E = X.mT @ X
-    E.diagonal().sub_(1)
-    return torch.linalg.matrix_norm(E) / len(X) ** 0.5
-
-
-def _any_process(p: Tensor, fault: bool) -> bool:
-    """Whether any of the processes that hold shards of ``p`` found a fault: then all raise."""
-    if not hasattr(p, "device_mesh"):
-        return fault
-    flag = torch.tensor(float(fault), device=_matrices(p).device)
-    for i in range(p.device_mesh.ndim):
-        dist.all_reduce(flag, dist.ReduceOp.MAX, p.device_mesh.get_group(i))
-    return bool(flag)
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """float32 products as such, whatever shortcut the caller's own may take."""
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [s.fp32_precision for s in settings]
-    try:
-        for s in settings:
-            s.fp32_precision = "ieee"
-        yield
-    finally:
-        for s, precision in zip(settings, before, strict=True):
-            s.fp32_precision = precision
