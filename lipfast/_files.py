@@ -9,12 +9,16 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = ("mnist", "fashion-mnist", "cifar10")
+from lipfast._folders import is_imagenet
+
+NAMES = ("mnist", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "images")
+CLASSES = {"mnist": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100}
 
 _IDX = {
     "train": ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"],
@@ -24,14 +28,36 @@ _STEMS = {
     "mnist": _IDX,
     "fashion-mnist": _IDX,
     "cifar10": {"train": [f"data_batch_{k}" for k in range(1, 6)], "test": ["test_batch"]},
+    "cifar100": {"train": ["train"], "test": ["test"]},
 }
+# What shows that a folder holds a data set that is no pair of such lists.
+_MARKS = {"tiny-imagenet": ["wnids.txt"], "imagenet": ["train/", "val/"], "images": ["train/", "val/"]}
 _SUBFOLDERS = {
     "mnist": (".", "mnist", "MNIST/raw"),
     "fashion-mnist": (".", "fashion-mnist", "FashionMNIST/raw"),
     "cifar10": (".", "cifar10", "cifar-10-batches-bin", "cifar-10-batches-py"),
+    "cifar100": (".", "cifar100", "cifar-100-binary", "cifar-100-python"),
+    "tiny-imagenet": (".", "tiny-imagenet", "tiny-imagenet-200"),
+    "imagenet": (".", "imagenet", "ILSVRC2012"),
+    "images": (".", "images"),
 }
 
-# md5 of the published files: MNIST by content, Fashion-MNIST as gzipped, CIFAR-10 as Python files; CIFAR-10's binary files
+
+class _Cifar(NamedTuple):
+    """What tells CIFAR's files apart."""
+
+    title: str
+    labels: int  # bytes before the pixels of an image; the last is its class
+    entry: str  # the classes, in the Python files
+    images: dict[str, int]  # per file
+
+
+_CIFAR = {
+    "cifar10": _Cifar("CIFAR-10", 1, "labels", {"train": 10_000, "test": 10_000}),
+    "cifar100": _Cifar("CIFAR-100", 2, "fine_labels", {"train": 50_000, "test": 10_000}),
+}
+
+# md5 of the published files: MNIST by content, Fashion-MNIST as gzipped, CIFAR as Python files; CIFAR-10's binary files
 # by git's blob hash (sha1).
 _MD5 = {
     ("mnist", "train-images-idx3-ubyte"): "6bbc9ace898e44ae57da46a324031adb",
@@ -48,6 +74,8 @@ _MD5 = {
     ("cifar10", "data_batch_4"): "634d18415352ddfa80567beed471001a",
     ("cifar10", "data_batch_5"): "482c414d41f54cd18b22e5b47cb7c3cb",
     ("cifar10", "test_batch"): "40351d587109b95175f43aff81a1287e",
+    ("cifar100", "train"): "16019d7e3df5f24257cddd939b257f8d",
+    ("cifar100", "test"): "f0ef6b0ae62326f3e7ffdfab6717acfc",
 }
 _BLOB = {
     ("cifar10", "data_batch_1.bin"): "da09f891072747be90e69e4f00ba7cba870dc87e",
@@ -72,28 +100,37 @@ def find(name: str | os.PathLike, root: str | os.PathLike | None) -> tuple[str, 
             raise ValueError(f"load: data must be one of digits, {', '.join(NAMES)} or a folder, got {str(name)!r}")
     looked = [(known, Path(home) / sub) for known in names for sub in _SUBFOLDERS[known]]
     for known, folder in looked:
-        if any(_present(folder, known, stem) for stems in _STEMS[known].values() for stem in stems):
-            return _which_idx(folder) if known == "mnist" and name not in NAMES else known, folder
-    files = sorted({_STEMS[known]["train"][0] + suffix for known in names for suffix in _suffixes(known)})
+        if any((folder / m).is_dir() if m.endswith("/") else (folder / m).is_file() for m in _marks(known, "train", "test")):
+            return known if name in NAMES else _which(known, folder), folder
+    files = sorted({mark for known in names for mark in _marks(known, "train")[:2]})
     folders = sorted({str(folder) for _, folder in looked})
     raise ValueError(f"load: no {', '.join(names)} found; looked for {' or '.join(files)} in {', '.join(folders)}")
 
 
 def read(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) uint8 and labels (N,) int64 of one split."""
-    return _cifar(name, folder, split) if name == "cifar10" else _idx_pair(name, folder, split)
+    return _cifar(name, folder, split) if name in _CIFAR else _idx_pair(name, folder, split)
+
+
+def _marks(name: str, *splits: str) -> list[str]:
+    """Files, any of which shows that a folder holds the data set; folders end in "/"."""
+    return _MARKS.get(name) or [stem + s for split in splits for stem in _STEMS[name][split] for s in _suffixes(name)]
 
 
 def _suffixes(name: str) -> tuple[str, ...]:
-    return (".bin", "") if name == "cifar10" else ("", ".gz")
+    return (".bin", "") if name in _CIFAR else ("", ".gz")
 
 
 def _present(folder: Path, name: str, stem: str) -> Path | None:
     return next((folder / (stem + s) for s in _suffixes(name) if (folder / (stem + s)).is_file()), None)
 
 
-def _which_idx(folder: Path) -> str:
-    """MNIST and Fashion-MNIST share their file names: told apart by the folder's name, else by a checksum."""
+def _which(known: str, folder: Path) -> str:
+    """Some names of files are shared. MNIST and Fashion-MNIST are told apart by the folder's name, else by a checksum."""
+    if known == "imagenet":
+        return "imagenet" if is_imagenet(folder) else "images"
+    if known != "mnist":
+        return known
     labels = folder / (_IDX["test"][1] + ".gz")
     same = labels.is_file() and hashlib.md5(labels.read_bytes()).hexdigest() == _MD5["fashion-mnist", labels.name]
     return "fashion-mnist" if same or "fashion" in "/".join(folder.resolve().parts[-2:]).lower() else "mnist"
@@ -159,18 +196,19 @@ def _cifar(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
     parts = []
     for stem in _STEMS[name][split]:
         path, raw = _read(name, folder, stem)
-        parts.append(_cifar_binary(path, raw) if path.suffix == ".bin" else _cifar_python(path, raw))
+        parts.append((_cifar_binary if path.suffix == ".bin" else _cifar_python)(path, raw, _CIFAR[name], split))
         _compare(name, path, stem, raw, raw)
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return torch.from_numpy(images).reshape(-1, 3, 32, 32), torch.from_numpy(labels).long()
 
 
-def _cifar_binary(path: Path, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-    if not raw or len(raw) % 3073:
-        whole = "30730000" if len(raw) < 30730000 else "a multiple of 3073"
-        raise ValueError(f"{path}: truncated or corrupt: expected {whole} bytes (3073 per image), got {len(raw)}")
-    rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
-    return rows[:, 1:], rows[:, 0]
+def _cifar_binary(path: Path, raw: bytes, cifar: _Cifar, split: str) -> tuple[np.ndarray, np.ndarray]:
+    row, full = cifar.labels + 3072, (cifar.labels + 3072) * cifar.images[split]
+    if not raw or len(raw) % row:
+        whole = str(full) if len(raw) < full else f"a multiple of {row}"
+        raise ValueError(f"{path}: truncated or corrupt: expected {whole} bytes ({row} per image), got {len(raw)}")
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, row)
+    return rows[:, cifar.labels :], rows[:, cifar.labels - 1]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -181,7 +219,7 @@ class _Unpickler(pickle.Unpickler):
             return getattr(np, name)
         if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
             return _reconstruct
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 file needs")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
 
 
 def _reconstruct(kind: type, shape: tuple, code: str) -> np.ndarray:
@@ -189,14 +227,15 @@ def _reconstruct(kind: type, shape: tuple, code: str) -> np.ndarray:
     return np.ndarray.__new__(np.ndarray, shape, code)
 
 
-def _cifar_python(path: Path, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _cifar_python(path: Path, raw: bytes, cifar: _Cifar, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         stored = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in stored.items()}
-        images, labels = batch["data"], np.array(batch["labels"], np.int64)
+        images, labels = batch["data"], np.array(batch[cifar.entry], np.int64)
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise ValueError(f"expected ({len(labels)}, 3072) uint8 pixels, got {images.shape} {images.dtype}")
     except Exception as error:  # a damaged pickle can fail in almost any way
         reason = f"no entry {error}" if isinstance(error, KeyError) else str(error).splitlines()[0] if str(error) else "corrupt"
-        raise ValueError(f"{path}: not a CIFAR-10 batch ({len(raw)} bytes, expected about 31035000): {reason}") from error
+        about = f"{len(raw)} bytes, expected about {3105 * cifar.images[split]}"
+        raise ValueError(f"{path}: not a {cifar.title} batch ({about}): {reason}") from error
     return images, labels

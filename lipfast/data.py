@@ -4,13 +4,17 @@
     mnist           the four idx files, gzipped or not (LeCun et al. 1998)
     fashion-mnist   the same four names (Xiao et al. 2017, https://arxiv.org/abs/1708.07747)
     cifar10         data_batch_1 to 5 and test_batch, as binary (.bin) or Python files (Krizhevsky 2009)
+    cifar100        train and test, as binary (.bin) or Python files; the 100 fine classes
+    tiny-imagenet   the folders train and val, and wnids.txt; 64 x 64 pixels, read into memory (1.2 GB)
+    imagenet        the folders train and val with one folder of images for each of the 1000 classes; read as they are needed
+    images          the same for any number of classes
 
 Nothing is downloaded. Pixels become floats in [0, 1] when batched; normalisation belongs to the network.
 """
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lipfast import _files
+from lipfast import _files, _folders
+from lipfast._augment import CHANGES, randaugmented
+from lipfast._folders import Folder
 
 NAMES = ("digits", *_files.NAMES)
 
@@ -61,18 +67,37 @@ class Dataset:
         """The chosen images as float32 in [0, 1]."""
         return unit(self.images[rows])
 
+    def in_order(self, size: int, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of ``size`` images (B, C, H, W) float32 and labels, in order; for part (i, n) every n-th from the i-th on."""
+        for start in range(part[0] * size, len(self), part[1] * size):
+            rows = slice(start, start + size)
+            yield self.pixels(rows), self.labels[rows]
+
+    def pools(self, order: Tensor, place: Tensor, slices: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each slice images (N', C, H, W) and rows (B,) of them: those are the images that ``order`` has there."""
+        for here in slices:
+            yield self.images, order[here]
+
+
+Images = Dataset | Folder
+
 
 def load(
-    name: str | os.PathLike, root: str | os.PathLike | None = None, split: str = "train", limit: int | None = None
-) -> Dataset:
+    name: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    size: int = 224,
+) -> Images:
     """Reads one split of a data set.
 
     Args:
         name: one of ``NAMES``, or a folder, in which the data set is then recognised by its files.
         root: the folder that holds the files, or a folder of such folders; by default what the environment variable
             LIPFAST_DATA names. digits needs none.
-        split: ``"train"`` or ``"test"``.
-        limit: only the first so many images.
+        split: ``"train"`` or ``"test"``; where a data set has a validation split instead of labelled tests, that.
+        limit: only the first so many images. Those of folders of classes are ordered class by class in turns.
+        size: height and width of what is cut from images of any size (imagenet, images); see :class:`Folder`.
 
     Raises: ValueError, in one line, if files are missing (with what was looked for), truncated or corrupt.
     Warns if a file differs from the published one.
@@ -84,16 +109,23 @@ def load(
         raise ValueError(f"load: split must be 'train' or 'test', got {split!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"load: limit must be at least 1, got {limit}")
+    if size < 1:
+        raise ValueError(f"load: size must be at least 1, got {size}")
     if name == "digits":
         images, labels = _digits(split)
-    else:
-        name, folder = _files.find(name, root)
-        images, labels = _files.read(name, folder, split)
-    return Dataset(images[:limit], labels[:limit], str(name))
+        return Dataset(images[:limit], labels[:limit], "digits")
+    name, folder = _files.find(name, root)
+    if name in ("imagenet", "images"):
+        return _folders.read(name, folder, split, limit, size)
+    if name == "tiny-imagenet":
+        images, labels, classes = _folders.read_tiny(folder, split, limit)
+        return Dataset(images, labels, name, classes)
+    images, labels = _files.read(name, folder, split)
+    return Dataset(images[:limit], labels[:limit], name, _files.CLASSES[name])
 
 
 def batches(
-    data: Dataset,
+    data: Images,
     size: int,
     seed: int,
     epoch: int,
@@ -101,6 +133,7 @@ def batches(
     flip: bool = False,
     rotate: float = 0.0,
     shift: float = 0.0,
+    randaugment: float = 0.0,
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (B, C, H, W) float32, (B,)
     """One epoch of shuffled batches, a function of ``(seed, epoch)`` alone.
@@ -112,13 +145,15 @@ def batches(
         flip: mirror each image with probability one half.
         rotate: turn each image by up to so many degrees in either direction, see :func:`turned`.
         shift: then shift it by up to this fraction of its height and of its width in either direction.
+        randaugment: with this probability an image, cropped and mirrored but not yet turned, is changed by RandAugment
+            (:mod:`lipfast._augment`), which knows grey and RGB images.
         part: (i, n): yield the i-th of n equal slices of every batch, for process i of n.
     """
     size = min(size, len(data)) // part[1]
     if size < 1:
         raise ValueError(f"batches: {len(data)} images cannot be shared by {part[1]} processes")
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-    device = data.images.device
+    device = data.labels.device
     N = len(data)
     order = torch.randperm(N, generator=generator).to(device)
     step = torch.randint(-crop, crop + 1, (N, 2), generator=generator).to(device)
@@ -126,16 +161,23 @@ def batches(
     # As many numbers whatever is asked for: the other changes of a seed stay the same.
     motion = (torch.rand((N, 3), generator=generator) * 2 - 1) * torch.tensor([math.radians(rotate), shift, shift])
     motion = motion.to(device)
-    for start in range(part[0] * size, N - (part[1] - part[0]) * size + 1, part[1] * size):
-        here = slice(start, start + size)
-        rows = order[here]
-        x = unit(shifted(data.images, rows, step[here], mirror[here])) if crop or flip else data.pixels(rows)
+    # On the CPU, which decides what to run.
+    chosen = torch.rand((N, 1), generator=generator) < randaugment
+    change = torch.randint(0, len(CHANGES), (N, 2), generator=generator) * chosen
+    sign = torch.randint(0, 2, (N, 2), generator=generator) * 2 - 1
+    place = torch.rand((N, 3), generator=generator)
+    slices = [slice(k, k + size) for k in range(part[0] * size, N - (part[1] - part[0]) * size + 1, part[1] * size)]
+    for here, (images, rows) in zip(slices, data.pools(order, place, slices), strict=True):
+        x = shifted(images, rows, step[here], mirror[here]) if crop or flip else images[rows]
+        if randaugment:
+            x = randaugmented(x, change[here], sign[here])
+        x = unit(x)
         if rotate or shift:
             x = turned(x, motion[here, 0], motion[here, 1:])
-        yield x, data.labels[rows]
+        yield x, data.labels[order[here]]
 
 
-def steps(data: Dataset, size: int, parts: int = 1) -> int:
+def steps(data: Images, size: int, parts: int = 1) -> int:
     """How many batches one epoch of :func:`batches` has."""
     return len(data) // max(1, min(size, len(data)) // parts * parts)
 
