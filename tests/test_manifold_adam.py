@@ -148,7 +148,7 @@ def test_a_stack_its_matrices_alone_and_both_cut_into_parts_are_one(device, monk
             p.grad = g.clone()
         optimizers[0].step()
         cut.grad = gradient
-        monkeypatch.setattr("lipfast.optim._matrices._AT_ONCE", 2 * 64)
+        monkeypatch.setattr("lipfast.optim._matrices._AT_ONCE", {"cpu": 2 * 64, "cuda": 2 * 64})
         optimizers[1].step()
         monkeypatch.undo()
     torch.testing.assert_close(torch.stack(alone).detach(), stack.detach(), rtol=0, atol=1e-6)

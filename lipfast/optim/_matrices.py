@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_AT_ONCE = 2**25  # numbers of one batched update: enough to fill a GPU, and its five temporaries stay small
+_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}  # numbers of one update: what a cache holds; what fills a GPU
 Part = list[tuple[Tensor, slice, int]]  # parameter, its rows here, the first row that its state holds
 
 
@@ -43,7 +43,10 @@ def buckets(params: Iterable[Tensor]) -> list[list[Tensor]]:
 def parts(shares: list[tuple[Tensor, slice]]) -> Iterator[Part]:
     """The shares cut and joined into updates of at most _AT_ONCE numbers, or one matrix."""
     part: Part = []
-    room = most = max(1, _AT_ONCE // shares[0][0].shape[-1] ** 2) if shares else 0
+    room = most = 0
+    if shares:
+        like = shares[0][0]
+        room = most = max(1, _AT_ONCE.get(like.device.type, _AT_ONCE["cuda"]) // like.shape[-1] ** 2)
     for p, own in shares:
         at = own.start
         while at < own.stop:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops._matrices import skew_product, symmetric_product
 from lipfast.ops.skew_exponential import skew_exponential
 
 BANDS = 0.05, 0.25, 1.0
@@ -50,13 +51,13 @@ def less_identity(A: Tensor) -> Tensor:  # (B, N, N) -> (B, N, N)
         return A.clone()
     size = torch.linalg.matrix_norm(A)
     largest = size.max().item()
-    square = A @ A
+    square = symmetric_product(A, A)
     if largest < BANDS[0]:
         return A.add(square, alpha=0.5)
-    third, fourth = ((size >= low).to(A.dtype)[:, None, None] / n for low, n in zip(BANDS, (6, 24), strict=False))
-    factor = A * third  # 1/2 + A/6 + A^2/24
-    if largest >= BANDS[1]:
-        factor.addcmul_(square, fourth)
+    third, fourth = (((size >= low).to(A.dtype) / n)[:, None, None] for low, n in zip(BANDS, (6, 24), strict=False))
+    if largest < BANDS[1]:
+        return skew_product(square, A).mul_(third).add_(A).add_(square, alpha=0.5)
+    factor = (A * third).addcmul_(square, fourth)  # 1/2 + A/6 + A^2/24
     factor.diagonal(dim1=-2, dim2=-1).add_(0.5)
     out = torch.baddbmm(A, square, factor)
     if largest >= BANDS[2]:

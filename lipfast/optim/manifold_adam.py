@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
+from lipfast.ops._matrices import transposed
 from lipfast.ops.polar import polar
-from lipfast.ops.skew import skew
 from lipfast.optim._matrices import (
     Part,
     any_process,
@@ -195,14 +195,16 @@ class ManifoldAdam(Optimizer):
     def _move(self, group: dict[str, Any], part: Part, step: int) -> None:
         """The step numbered ``step`` of some matrices, and what falls due with it."""
         (b1, b2), eps = group["betas"], group["eps"]
-        X, m, v = self._read(part, None), self._read(part, "exp_avg"), self._read(part, "exp_avg_sq")
+        X = self._read(part, None)
         gradient = together([matrices(p.grad)[rows] for p, rows, _ in part if p.grad is not None]).to(X.dtype)
-        g = skew(X.mT @ gradient)
-        m = m.lerp(g, 1 - b1)
-        v = (v * b2).addcmul_(g, g, value=1 - b2)
-        D = (m / (v / (1 - b2**step)).sqrt_().add_(eps)).mul_(-float(group["lr"]) / (1 - b1**step))
+        inner = X.mT @ gradient
+        g = (inner - transposed(inner)).div_(2)
+        m = self._read(part, "exp_avg").lerp_(g, 1 - b1)
+        v = self._read(part, "exp_avg_sq").mul_(b2).addcmul_(g, g, value=1 - b2)
         self._write(part, "exp_avg", m)
         self._write(part, "exp_avg_sq", v)
+        scale = (1 - b2**step) ** 0.5  # of both sides of the fraction, so that v^ is not formed
+        D = v.sqrt().add_(eps * scale).reciprocal_().mul_(m).mul_(-float(group["lr"]) * scale / (1 - b1**step))
         X = torch.baddbmm(X, X, less_identity(D))
         if group["lookahead"]:
             travelled = self._read(part, "travelled") + D
@@ -276,7 +278,8 @@ class ManifoldAdam(Optimizer):
     def _write(self, part: Part, name: str | None, values: Tensor) -> None:
         views = self._views(part, name)
         for view, value in zip(views, values.split([len(view) for view in views]), strict=True):
-            view.copy_(value)
+            if view.data_ptr() != value.data_ptr():  # not written in place already
+                view.copy_(value)
 
     def _views(self, part: Part, name: str | None) -> list[Tensor]:
         if name is None:
