@@ -3,11 +3,13 @@
 from lipfast._load import load
 from lipfast._version import __version__
 from lipfast.certify import Certificate, certify
+from lipfast.ops._autocast import leave_autocast
 from lipfast.ops.ball_conv2d import ball_conv2d
 from lipfast.ops.ball_linear import ball_linear
 from lipfast.ops.beta_abs import beta_abs
 from lipfast.ops.cayley import cayley
 from lipfast.ops.certified_radius import certified_radius
+from lipfast.ops.cholesky_orthogonal import cholesky_orthogonal
 from lipfast.ops.clipped_relu import clipped_relu
 from lipfast.ops.conv2d_norm_bound import conv2d_norm_bound
 from lipfast.ops.conv2d_norm_confidence import conv2d_norm_confidence
@@ -26,6 +28,7 @@ from lipfast.ops.spectral_norm_estimate import spectral_norm_estimate
 from lipfast.train import train
 
 loaded = load()
+leave_autocast()
 __all__ = [
     "Certificate",
     "__version__",
@@ -35,6 +38,7 @@ __all__ = [
     "cayley",
     "certified_radius",
     "certify",
+    "cholesky_orthogonal",
     "clipped_relu",
     "conv2d_norm_bound",
     "conv2d_norm_confidence",

@@ -84,7 +84,8 @@ def _certify(arguments: argparse.Namespace) -> None:
 
     source = Path(arguments.run)
     folder = source if source.is_dir() else source.parent
-    about = checkpoint.read(source)["metadata"]
+    stored = checkpoint.read(source)
+    about, shape = stored["metadata"], stored["arguments"].get("shape", [224])
     model = checkpoint.load(source)
     root = arguments.root or (None if arguments.data else about["root"])
     import_module("matplotlib.figure")  # asked before the long work, not after
@@ -92,7 +93,7 @@ def _certify(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{folder}: cannot be written to")
     certificate = certify(
         model,
-        load(arguments.data or about["data"], root, "test", arguments.limit),
+        load(arguments.data or about["data"], root, "test", arguments.limit, size=shape[-1]),
         arguments.eps or _default_eps(about),
         p=arguments.p,
         method=arguments.method or _default_method(about),

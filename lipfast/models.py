@@ -20,7 +20,19 @@ from itertools import pairwise, repeat
 
 from torch import Tensor, nn
 
-from lipfast.nn import ClippedMaxMin, ClippedReLU, MaxMin
+from lipfast.nn import (
+    ClippedMaxMin,
+    ClippedReLU,
+    L2Pool,
+    LipNeXtBlocks,
+    LiResConv2d,
+    MaxMin,
+    Normalize,
+    Patches,
+    cholesky_rows,
+    lires_linear,
+    unit_rows,
+)
 
 Shape = tuple[int, int, int]  # C, H, W
 Thresholds = tuple[float, float]  # lower, upper: where those of one activation start
@@ -30,7 +42,8 @@ _ACTIVATIONS: dict[str, Callable[[Sequence[int], Thresholds], nn.Module]] = {
     "clipped_relu": lambda shape, start: ClippedReLU(start[1], shape, learnable=True),
     "clipped_max_min": lambda shape, start: ClippedMaxMin(start[1], start[0], shape, learnable=True),
 }
-_ONE = repeat((-1.0, 1.0))  # an endless iterator that is always the same
+_UNIT: Thresholds = (-1.0, 1.0)
+_ONE = repeat(_UNIT)  # an endless iterator that is always the same
 _FOUR_CONVOLUTIONS = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
 
 
@@ -121,8 +134,66 @@ def resnet4b(shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Sequential:
     return _resnet(shape, 16, [(32, 2), (32, 1), (32, 2), (32, 1)], classes)
 
 
+def liresnet(
+    shape: Shape = (3, 32, 32),
+    classes: int = 10,
+    depth: int = 12,
+    width: int = 512,
+    dense: int = 8,
+    dense_width: int = 2048,
+    activation: str = "max_min",
+) -> nn.Sequential:
+    """LiResNet (Hu et al. 2023, https://arxiv.org/abs/2301.12549) with the Cholesky-orthogonal dense layers of
+    https://arxiv.org/abs/2310.02513 and a head of unit rows: 83 million parameters for CIFAR-10.
+
+    A strided convolution, ``depth`` residual ones of ``width`` channels, two orthogonal layers down to ``dense_width`` numbers,
+    ``dense`` linear residual layers. All after the convolutions is 1-Lipschitz, but for the head's pairs of rows.
+    """
+    C, H, W = shape
+    H, W = _halved(H), _halved(W)
+    stem = nn.Conv2d(C, width, 5, 2, 2)
+    nn.init.orthogonal_(stem.weight)
+    layers: list[nn.Module] = [Normalize([0.5] * C, [1.0] * C), stem, _activation(activation, (width, H, W), _UNIT)]
+    for _ in range(depth):
+        layers += [LiResConv2d(width, depth), _activation(activation, (width, H, W), _UNIT)]
+    H, W = H // 4, W // 4
+    if H < 1 or W < 1:
+        raise ValueError(f"liresnet: images must have at least 7 x 7 pixels, got {shape[1]} x {shape[2]}")
+    layers += [cholesky_rows(nn.Conv2d(width, width, 4, 4, bias=False)), nn.Flatten()]
+    layers += [cholesky_rows(nn.Linear(width * H * W, dense_width)), _activation(activation, (dense_width,), _UNIT)]
+    for _ in range(dense):
+        layers += [lires_linear(dense_width, dense), _activation(activation, (dense_width,), _UNIT)]
+    return nn.Sequential(*layers, unit_rows(nn.Linear(dense_width, classes)))
+
+
+def lipnext(
+    shape: Shape = (3, 32, 32),
+    classes: int = 10,
+    depth: int = 32,
+    width: int = 1024,
+    patch: int = 2,
+    ratio: float = 0.125,
+    beta: float = 0.5,
+    checkpointing: bool = False,
+) -> nn.Sequential:
+    """LipNeXt (Hu et al. 2026, https://arxiv.org/abs/2601.18513): 2 depth width^2 parameters in its blocks.
+
+    Published sizes, depth x width: 32 x 1024 (64 million), 32 x 2048, 32 x 4096 (1.07 billion), 64 x 2896. The patches are
+    ours: of 2 pixels for CIFAR, 4 for Tiny-ImageNet, 16 for ImageNet leave about 200 pixels. See
+    :class:`lipfast.nn.LipNeXtBlocks` for the other arguments.
+    """
+    C, H, W = shape
+    return nn.Sequential(
+        Normalize([0.5] * C, [1.0] * C),
+        Patches(C, patch, width),
+        LipNeXtBlocks(depth, width, (H // patch, W // patch), ratio, beta, checkpointing),
+        L2Pool(),
+        unit_rows(nn.Linear(width, classes)),
+    )
+
+
 _MODELS: list[Callable[..., nn.Sequential]] = [cifar_4c3f, cifar_6c2f, cnn7, cnn_b, cnn_small, conv_big, conv_huge]
-_MODELS += [crm_6c2f, mlp, mnist_4c3f, resnet2b, resnet4b, tiny_8c2f]
+_MODELS += [crm_6c2f, lipnext, liresnet, mlp, mnist_4c3f, resnet2b, resnet4b, tiny_8c2f]
 BY_NAME: dict[str, Callable[..., nn.Sequential]] = {function.__name__: function for function in _MODELS}
 
 

@@ -51,3 +51,12 @@ def decay(epoch: float, start: float, end: float, factor: float) -> float:
     [1.0, 1.0, 0.1, 0.01]
     """
     return factor ** linear_ramp(epoch, start, end - start)
+
+
+def cosine(epoch: float, start: float, length: float) -> float:
+    """1 until ``start``, then half a cosine down to 0 at ``start + length``.
+
+    >>> [round(cosine(e, 1, 4), 3) for e in (0, 1, 3, 5)]
+    [1.0, 1.0, 0.5, 0.0]
+    """
+    return (1 + math.cos(math.pi * linear_ramp(epoch, start, length))) / 2

@@ -24,7 +24,7 @@ from lipfast import models, recipes
 from lipfast._processes import Processes, processes
 from lipfast._run import Run
 from lipfast._version import __version__
-from lipfast.data import Dataset, batches, load, steps
+from lipfast.data import Images, batches, load, steps
 from lipfast.recipes.recipe import Memory, Recipe
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def train(
     recipe: str | Recipe,
-    data: str | os.PathLike | tuple[Dataset, Dataset] | None = None,
+    data: str | os.PathLike | tuple[Images, Images] | None = None,
     out: str | os.PathLike = "run",
     device: str | torch.device | None = None,
     epochs: int | None = None,
@@ -91,8 +91,8 @@ def train(
 
 def _train(
     recipe: Recipe,
-    data: Dataset,
-    test: Dataset,
+    data: Images,
+    test: Images,
     config: dict[str, Any],
     out: str | os.PathLike,
     group: Processes,
@@ -128,14 +128,12 @@ def _epochs(recipe, model, optimizer, data, test, run, group, progress) -> None:
     with _bar(recipe.epochs * count, run.epoch * count, progress and group.rank == 0) as bar, _board(run, group) as board:
         for epoch in range(run.epoch, recipe.epochs):
             torch.manual_seed(int(np.random.SeedSequence((recipe.seed, epoch, group.rank, 1)).generate_state(1)[0]))
-            lr = recipe.lr_at(epoch)
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = lr
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}", refresh=False)
             line = {"epoch": epoch + 1, **_one_epoch(recipe, model, optimizer, data, epoch, group, bar)}
             group.average_buffers(model)
             line |= evaluate(recipe, model, test, epoch + 1, group)
-            line |= {**recipe.schedule(epoch + 1), "lr": lr, "seconds": round(before + time.perf_counter() - start, 3)}
+            seconds = round(before + time.perf_counter() - start, 3)
+            line |= {**recipe.schedule(epoch + 1), "lr": recipe.lr_at(epoch), "seconds": seconds}
             _require_finite(line, epoch)
             shown = {key: f"{line[key]:.3f}" for key in ("loss", "clean_accuracy", "certified_estimate")}
             bar.set_postfix(shown, refresh=False)
@@ -147,7 +145,7 @@ def _epochs(recipe, model, optimizer, data, test, run, group, progress) -> None:
 
 
 def _one_epoch(
-    recipe: Recipe, model: nn.Module, optimizer: Optimizer, data: Dataset, epoch: int, group: Processes, bar: "tqdm"
+    recipe: Recipe, model: nn.Module, optimizer: Optimizer, data: Images, epoch: int, group: Processes, bar: "tqdm"
 ) -> dict[str, float]:
     """One pass over the data; the means of the loss and its parts."""
     model.train()
@@ -156,9 +154,11 @@ def _one_epoch(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     count = steps(data, recipe.batch_size, group.count)
-    changes = recipe.crop, recipe.flip, recipe.rotate, recipe.shift
+    changes = recipe.crop, recipe.flip, recipe.rotate, recipe.shift, recipe.randaugment
     shuffled = batches(data, recipe.batch_size, recipe.seed, epoch, *changes, part=(group.rank, group.count))
     for step, (x, y) in enumerate(shuffled):
+        for settings in optimizer.param_groups:
+            settings["lr"] = recipe.lr_at(epoch + step / count)
         loss, parts = recipe.loss(model, x, y, epoch + step / count, memory)
         optimizer.zero_grad()
         loss.backward()
@@ -178,15 +178,13 @@ def _one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    recipe: Recipe, model: nn.Module, data: Dataset, epoch: int, group: Processes, size: int = 512
+    recipe: Recipe, model: nn.Module, data: Images, epoch: int, group: Processes, size: int = 512
 ) -> dict[str, float]:
     """Clean accuracy and the fraction estimated to be certified at ``recipe.eps``, after so many epochs."""
     model.eval()
     memory: Memory = {}
     sums = torch.zeros(3, dtype=torch.float64, device=group.device)
-    for start in range(group.rank * size, len(data), group.count * size):
-        rows = slice(start, start + size)
-        x, y = data.pixels(rows), data.labels[rows]
+    for x, y in data.in_order(size, (group.rank, group.count)):
         logits = model(x)
         right = logits.argmax(1) == y
         sums[0] += nn.functional.cross_entropy(logits, y, reduction="sum")
@@ -196,7 +194,7 @@ def evaluate(
     return {"test_loss": loss, "clean_accuracy": clean, "certified_estimate": certified, "certified_eps": recipe.eps}
 
 
-def _build(recipe: Recipe, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
+def _build(recipe: Recipe, data: Images) -> tuple[nn.Module, dict[str, Any]]:
     """The recipe's model for the data, and its arguments: shape and classes are the data's if the model asks for them."""
     asked = inspect.signature(models.BY_NAME[recipe.model]).parameters if recipe.model in models.BY_NAME else {}
     known = {"shape": data.shape, "classes": data.classes}

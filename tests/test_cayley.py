@@ -60,6 +60,16 @@ def test_agrees_with_a_linear_solver(dtype, norm, device):
     assert_near(cayley(A), want, dtype)
 
 
+def test_blocks_and_parts_change_nothing(device):
+    A = torch.randn(3, 300, 300, device=device, requires_grad=True)
+    eye, seed = torch.eye(300, device=device, dtype=torch.float64), torch.randn_like(A)
+    mirror = A.detach().double().requires_grad_()
+    want = torch.linalg.solve(eye + skew(mirror), eye - skew(mirror))
+    assert_near(cayley(A), want, torch.float32)
+    (got,), (slope,) = torch.autograd.grad(cayley(A), A, seed), torch.autograd.grad(want, mirror, seed.double())
+    assert_near(got, slope, torch.float32)
+
+
 def test_is_its_own_inverse(device):
     A = skew_of_norm(3.0, 40, device, torch.float64)
     Q, eye = cayley(A), torch.eye(40, device=device, dtype=torch.float64)

@@ -142,7 +142,7 @@ def test_info_names_versions_and_devices(capsys):
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
         (["train"], "train: the following arguments are required: RECIPE"),
-        (["train", "magic"], "recipe must be one of interval, gloro, local, crm, got 'magic'"),
+        (["train", "magic"], "recipe must be one of interval, gloro, local, crm, lipnext, got 'magic'"),
         (["train", "interval", "--data", "nowhere"], "nowhere"),
         (["train", "interval", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "interval", "--epochs", "0"], "epochs must be at least 1, got 0"),

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lipfast import models
-from lipfast.nn import ClippedMaxMin, ClippedReLU, MaxMin
+from lipfast.nn import ClippedMaxMin, ClippedReLU, LiResConv2d, MaxMin
 
 # Millions of parameters in the papers' tables and released code; inputs and classes that they use.
 PUBLISHED = {
@@ -17,11 +17,18 @@ PUBLISHED = {
     "conv_huge": (17.19, (3, 32, 32), 10),
     "cnn7": (17.19, (3, 32, 32), 10),
     "cnn_small": (0.166, (1, 28, 28), 10),
+    "lipnext": (67.16, (3, 32, 32), 10),
+    "liresnet": (83.0, (3, 32, 32), 10),
     "mlp": (0.400, (1, 28, 28), 10),
     "resnet2b": (0.112, (3, 32, 32), 10),
     "resnet4b": (0.124, (3, 32, 32), 10),
 }
-WITH_ACTIVATIONS = sorted(set(PUBLISHED) - {"resnet2b", "resnet4b"})
+# Arguments of those that take long at their size, to see what they return.
+SMALL: dict[str, dict[str, int]] = {
+    "lipnext": {"depth": 2, "width": 16, "patch": 1},
+    "liresnet": {"depth": 2, "width": 8, "dense": 2, "dense_width": 16},
+}
+WITH_ACTIVATIONS = sorted(set(PUBLISHED) - {"lipnext", "liresnet", "resnet2b", "resnet4b"})
 
 
 def count(model):
@@ -52,6 +59,7 @@ def test_has_the_published_size(name):
     millions, shape, classes = PUBLISHED[name]
     model = models.build(name).eval()
     assert count(model) / 1e6 == pytest.approx(millions, rel=5e-3)
+    model = models.build(name, **SMALL[name]).eval() if name in SMALL else model
     assert model(torch.rand(2, *shape)).shape == (2, classes)
 
 
@@ -92,7 +100,7 @@ def test_thresholds_start_where_the_papers_say():
 
 @pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"mlp"}))
 def test_takes_another_input_and_number_of_classes(name):
-    model = models.build(name, shape=(2, 40, 37), classes=7).eval()
+    model = models.build(name, shape=(2, 40, 37), classes=7, **SMALL.get(name, {})).eval()
     assert model(torch.rand(3, 2, 40, 37)).shape == (3, 7)
 
 
@@ -105,6 +113,23 @@ def test_tiny_8c2f_has_the_second_padding_of_crm():
 
 def test_cnn_small_takes_digits():
     assert models.cnn_small((1, 8, 8))(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_liresnet_has_the_published_layers():
+    model = models.liresnet(width=8, dense_width=16).eval()
+    sizes = [out.shape[1:] for out in outputs(model, torch.rand(1, 3, 32, 32), MaxMin)]
+    assert sizes == [(8, 16, 16)] * 13 + [(16,)] * 9
+    assert [m.depth for m in model if isinstance(m, LiResConv2d)] == [12] * 12
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 7, 7), (1, 28, 28), (3, 64, 64)])
+def test_liresnet_takes_small_sizes(shape):
+    small = {"depth": 1, "width": 4, "dense": 1, "dense_width": 6}
+    assert models.liresnet(shape, 3, **small)(torch.rand(2, *shape)).shape == (2, 3)
+    model = models.liresnet(shape, 3, **small, activation="clipped_relu")
+    units_of = [m.threshold.numel() for m in model if isinstance(m, ClippedReLU)]
+    side = (shape[1] + 1) // 2
+    assert units_of == [4 * side**2] * 2 + [6] * 2
 
 
 def test_cnn7_takes_a_width_and_batch_norm():

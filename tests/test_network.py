@@ -227,6 +227,54 @@ def test_a_partial_absolute_value_knows_its_slopes():
     assert box.upper[0].tolist() == pytest.approx([2, 0.6, -1, 0.6], abs=1e-6)
 
 
+class Folded(nn.Module):
+    """beta-Abs with bias and position, as its arguments or as sums around it."""
+
+    def __init__(self, composed: bool):
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(2, 6, 2), nn.Linear(72, 5), nn.Linear(5, 3)
+        column = (6, 1, 1) if composed else (6,)
+        self.b, self.p, self.c = (nn.Parameter(torch.randn(s)) for s in (column, (3, 4), (5,)))
+        self.composed = composed
+
+    def forward(self, x):
+        if self.composed:
+            x = beta_abs(self.stem(x) + self.b, 0.4) + self.p
+            return self.head(beta_abs(self.mix(x.flatten(1)) + self.c))
+        x = beta_abs(self.stem(x), 0.4, self.b, position=self.p)
+        return self.head(beta_abs(self.mix(x.flatten(1)), bias=self.c))
+
+
+def test_bias_and_position_of_a_call_are_sums_around_it():
+    torch.manual_seed(0)
+    one, composed = Folded(False).double(), Folded(True).double()
+    composed.load_state_dict({k: v.reshape(composed.get_parameter(k).shape) for k, v in one.state_dict().items()})
+    assert kinds(read(one, (2, 4, 5)))[1:5] == ["Conv", "Scale", "PartialAbs", "Scale"]
+    assert kinds(read(one, (2, 4, 5))) == kinds(read(composed, (2, 4, 5)))
+    x = torch.randn(20, 2, 4, 5, dtype=torch.float64)
+    got, want = interval(one, x, 0.1), interval(composed, x, 0.1)
+    torch.testing.assert_close((got.lower, got.upper), (want.lower, want.upper))
+    torch.testing.assert_close(lipschitz(one, (2, 4, 5)), lipschitz(composed, (2, 4, 5)))
+    torch.testing.assert_close(local_lipschitz(one, x, 1e-3), local_lipschitz(composed, x, 1e-3))
+    y = one(x + 0.1 * (2 * torch.rand_like(x) - 1))
+    assert ((got.lower <= y) & (y <= got.upper)).all()
+
+
+def test_a_bias_or_position_computed_inside_forward_is_refused():
+    class Computed(nn.Module):
+        def __init__(self, **functions):
+            super().__init__()
+            self.b, self.p, self.functions = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3, 3)), functions
+
+        def forward(self, x):
+            given = {"bias": self.b, "position": self.p}
+            return beta_abs(x, 0.5, **{name: function(given[name]) for name, function in self.functions.items()})
+
+    for functions in ({"bias": lambda b: 2 * b}, {"position": lambda p: -p}):
+        with pytest.raises(ValueError, match="layer 'beta_abs': beta_abs with a bias or position that is computed"):
+            read(Computed(**functions), (4, 3, 3))
+
+
 @pytest.mark.parametrize("p", [2, math.inf])
 def test_no_bound_of_shifts_and_partial_absolute_values_is_beaten(p):
     model, dual = Shifted().double(), {2: 2, math.inf: 1}[p]

@@ -59,6 +59,20 @@ def test_is_orthonormal_without_full_rank(rank, shape, device):
     torch.testing.assert_close((Q * matrix).sum(), torch.linalg.svdvals(matrix).sum())  # as near as any
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_series_leaves_out_only_what_rounding_would(dtype, device):
+    for off in torch.logspace(-9, math.log10(0.2), 60):
+        for value in (1 + off.item(), 1 - off.item()):
+            got = polar(torch.tensor([[value]], dtype=dtype, device=device))
+            assert abs(got.item() - 1) <= 2 * torch.finfo(dtype).eps, value
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-3, 0.01, 0.03])
+def test_batches_of_several_parts(spread, device):
+    matrix = inputs((3,), 320, 300, spread, device, torch.float32)
+    assert_near(polar(matrix), nearest(matrix), torch.float32)
+
+
 def test_large(device):
     Q = polar(inputs((), 512, 512, 1e-3, device, torch.float32))
     assert defect(Q) <= 20 * torch.finfo(Q.dtype).eps

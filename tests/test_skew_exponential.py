@@ -73,6 +73,27 @@ def test_agrees_with_matrix_exp(dtype, device):
     assert_near(skew_exponential(matrix), torch.linalg.matrix_exp(skew(matrix.double())), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_series_covers_its_range(dtype, device):
+    """A plane's eigenvalues are its angle, which is known exactly to be in range: no squaring follows."""
+    angle = torch.linspace(0, module._RANGE[dtype], 201, device=device, dtype=dtype)
+    A = torch.zeros(201, 2, 2, device=device, dtype=dtype)
+    A[:, 1, 0], A[:, 0, 1] = angle, -angle
+    cos, sin = angle.double().cos(), angle.double().sin()
+    want = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
+    got = skew_exponential(A, squarings=0)[:200].double()  # the last may be called too large, by a rounding
+    assert (got - want[:200]).abs().max() <= 2 * torch.finfo(dtype).eps
+
+
+def test_blocks_and_parts_change_nothing(device):
+    A = inputs((3,), 300, device, torch.float32).requires_grad_()
+    mirror, seed = A.detach().double().requires_grad_(), torch.randn_like(A)
+    want = torch.linalg.matrix_exp(skew(mirror))
+    assert_near(skew_exponential(A), want, torch.float32)
+    (got,), (slope,) = torch.autograd.grad(skew_exponential(A), A, seed), torch.autograd.grad(want, mirror, seed.double())
+    assert torch.linalg.norm(got - slope) <= 1e-6 * torch.linalg.norm(slope)
+
+
 def test_inverts_adds_and_commutes(device):
     A = skew_of_norm(2.0, 40, device, torch.float64)
     Q = skew_exponential(A)
@@ -102,7 +123,7 @@ def test_gradient_agrees_with_that_of_matrix_exp(dtype, norm, device):
 
 
 def test_a_number_of_squarings_is_enough_or_nan(device):
-    A = torch.stack([skew_of_norm(norm, 8, device, torch.float32) for norm in (0.1, 0.9, 5.0)])
+    A = torch.stack([skew_of_norm(norm, 8, device, torch.float32) for norm in (0.1, 2.0, 17.0)])
     got = skew_exponential(A, squarings=2)
     torch.testing.assert_close(got[:2], skew_exponential(A[:2]))
     assert got[2].isnan().all()

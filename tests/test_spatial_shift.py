@@ -82,12 +82,22 @@ def test_channels_last_and_strided_images_give_the_same(device):
     assert torch.equal(spatial_shift(x.mT), spatial_shift(x.mT.contiguous()))
 
 
-def test_compiles_without_graph_break(device):
+def test_a_compiler_sees_torchs_own_operations(device):
+    seen = []
+
+    def backend(graph, _):
+        inner = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        seen.extend(str(node.target) for m in inner for node in m.graph.nodes)
+        return graph
+
     x, seed = torch.randn(2, 2, 8, 3, 5, device=device)
     x.requires_grad_()
     loss = lambda t: (spatial_shift(t) * seed).sum()
-    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
-    assert torch.equal(got, torch.autograd.grad(loss(x), x)[0])
+    for compiler in (backend, "aot_eager"):
+        (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(x), x)
+        assert torch.equal(got, torch.autograd.grad(loss(x), x)[0])
+    assert len(seen) > 4
+    assert not any("lipfast" in name for name in seen)
 
 
 def test_gradients_per_sample_are_those_of_the_batch(device):
@@ -95,6 +105,9 @@ def test_gradients_per_sample_are_those_of_the_batch(device):
     loss = lambda t: (spatial_shift(t) * torch.arange(3, device=device)).square().sum()
     single = torch.func.grad(lambda t: loss(t[None]))
     torch.testing.assert_close(torch.func.vmap(single)(x), torch.func.grad(loss)(x))
+    images = torch.randn(2, 8, 4, 3, 5, device=device)
+    want = torch.stack([spatial_shift(images[:, :, i]) for i in range(4)])
+    assert torch.equal(torch.vmap(spatial_shift, in_dims=2)(images), want)
 
 
 def gain_of_frequencies(taps, side):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import lipfast.nn
 from lipfast.bounds.layers import (
@@ -187,6 +188,28 @@ def _(module: lipfast.nn.BetaAbs, name: str) -> list[Layer]:
 
 
 @of_module.register
+def _(module: lipfast.nn.Patches, name: str) -> list[Layer]:
+    return [Rearrange(partial(F.pixel_unshuffle, downscale_factor=module.side)), Pad(module.zeros, "constant")]
+
+
+@of_module.register
+def _(module: lipfast.nn.LipNeXtBlocks, name: str) -> list[Layer]:
+    mixed = lambda matrix, bias=None: Conv(matrix[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
+    layers: list[Layer] = []
+    for R, M, bias, position in zip(module.rotation, module.mixing, module.bias, module.position, strict=True):
+        shift = Rearrange(partial(shifted, ratio=module.ratio))
+        layers += [Scale(offset=position[None]), mixed(R), shift, mixed(R.mT), mixed(M, bias), _beta_abs(module.beta)]
+    return layers
+
+
+@of_module.register
+def _(module: lipfast.nn.LiResConv2d, name: str) -> list[Layer]:
+    if module.training:
+        raise ValueError(f"layer {name!r}: LiResConv2d has bounds in eval mode with its running mean only; call model.eval()")
+    return [Conv(module.weight, module.offset, (1, 1), (module.padding, module.padding), (1, 1), 1)]
+
+
+@of_module.register
 def _(module: lipfast.nn.ClippedMaxMin, name: str) -> list[Layer]:
     if module.upper.ndim == 0:
         raise Unsupported(name, "ClippedMaxMin with one threshold for all units (give it the shape of a sample)")
@@ -203,6 +226,15 @@ def _(module: lipfast.nn.ClippedReLU, name: str) -> list[Layer]:
 
 def _beta_abs(beta: float = 0.5) -> Layer:
     return PartialAbs("beta_abs", partial(beta_abs, beta=beta), ABSOLUTE.slopes, beta=beta)
+
+
+def _beta_abs_between(name: str, rank: int, beta: float = 0.5, bias=None, position=None) -> list[Layer]:
+    """The absolute value between the two sums of a call of the function."""
+    for value in (bias, position):
+        if value is not None and (not isinstance(value, Tensor) or isinstance(value, FakeTensor)):
+            raise Unsupported(name, "beta_abs with a bias or position that is computed inside forward")
+    before = [] if bias is None else [Scale(offset=bias.reshape(-1, *(1,) * (rank - 1)))]
+    return [*before, _beta_abs(beta), *([] if position is None else [Scale(offset=position)])]
 
 
 def _clipped(threshold) -> Layer:
@@ -288,7 +320,7 @@ def of_function(function, name: str, args: tuple, kwargs: dict, shape: tuple[int
     if function is max_min:
         return [MaxMin()]
     if function is beta_abs:
-        return [_beta_abs(*args, **kwargs)]
+        return _beta_abs_between(name, len(shape), *args, **kwargs)
     if function is spatial_shift:  # its definition moves any numbers, an analysis's indices and masks too
         return [Rearrange(lambda x: shifted(x, *args, **kwargs))]
     if function is l2_pool_over:

@@ -283,6 +283,8 @@ def _rearranged(layer: Rearrange, before: tuple[int, ...], after: tuple[int, ...
 def _padded(position: int, layer: Pad, place: Place) -> Place | None:
     if place.torus is None or place.order is not None or min(layer.amounts) < 0 or layer.mode not in ("constant", "circular"):
         return None
+    if len(layer.amounts) > 4:  # channels
+        return None
     left, right, *rest = layer.amounts
     top, bottom = rest or (0, 0)
     C, H, W = place.shape

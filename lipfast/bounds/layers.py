@@ -40,6 +40,10 @@ class Conv(Layer):
     dilation: tuple[int, ...]
     groups: int
 
+    def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        geometry = zip(shape[1:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        return self.weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry)
+
 
 @dataclass(frozen=True)
 class Scale(Layer):
@@ -48,6 +52,9 @@ class Scale(Layer):
     shift: Tensor | None = None
     factor: Tensor | None = None
     offset: Tensor | None = None
+
+    def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Rearrange(Layer):
     """The same numbers in other places: flatten, reshape, permute. ``function`` keeps the batch dimension first."""
 
     function: Callable[[Tensor], Tensor]
+
+    def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.function(torch.empty(1, *shape, device="meta")).shape[1:])
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,9 @@ class Elementwise(Layer):
     jump: float = 0.0
     kinks: tuple[float | Tensor, ...] = ()
     pieces: tuple[float, ...] = ()
+
+    def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
 
     def constant_on(self, lower: Tensor, upper: Tensor) -> Tensor | None:
         """Which entries do not change within their box; None if the function is constant nowhere. False where NaN."""

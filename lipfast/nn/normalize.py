@@ -23,7 +23,7 @@ class Normalize(nn.Module):
         mean, std = (torch.as_tensor(t, dtype=torch.get_default_dtype()).detach().clone() for t in (mean, std))
         if mean.ndim != 1 or mean.shape != std.shape:
             raise ValueError(f"Normalize: mean and std must be (C,), got {tuple(mean.shape)} and {tuple(std.shape)}")
-        if not (std > 0).all():
+        if not std.is_meta and not (std > 0).all():
             raise ValueError(f"Normalize: std must be above 0, got {std.tolist()}")
         self.register_buffer("mean", mean[:, None, None])
         self.register_buffer("std", std[:, None, None])

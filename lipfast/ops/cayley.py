@@ -15,10 +15,14 @@ least I; but a complement may be as large as |A|^2, which only float64 bears. fl
 one Newton step (Bjorck & Bowie 1971) takes its loss of orthogonality, about eps |A|, away.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops._definition import name_definition
+from lipfast.ops._matrices import in_parts, symmetric_product, transposed
 from lipfast.rounding import accumulator
 
 _SIDE = 32  # of a matrix that is inverted whole
@@ -54,18 +58,9 @@ def cayley(
 
 
 def reference(skew: Tensor) -> Tensor:
-    wide = skew.to(accumulator(skew.dtype))
-    twice = wide - wide.mT
-    taint = 0 * twice.sum((-2, -1))[..., None]  # NaN where NaN or Inf is in A: a factorisation may divide by the Inf
-    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    if skew.dtype == torch.float32:
-        matrix = twice.double().div_(2)
-        matrix.diagonal(dim1=-2, dim2=-1).add_(1 + taint)
-        Q = 2 * _inverse(matrix)
-        Q.diagonal(dim1=-2, dim2=-1).sub_(1)
-        return Q.to(skew.dtype).contiguous()
-    Q = torch.add(-eye, torch.linalg.inv_ex(twice / 2 + eye).inverse, alpha=2)
-    return (1.5 * Q - 0.5 * Q @ (Q.mT @ Q) + taint[..., None]).to(skew.dtype).contiguous()
+    wide = skew.to(accumulator(skew.dtype)).reshape(math.prod(skew.shape[:-2]), *skew.shape[-2:])
+    Q = in_parts(_by_halves if skew.dtype == torch.float32 else _with_pivots, wide)
+    return Q.reshape(skew.shape).to(skew.dtype).contiguous()
 
 
 def fake(skew):
@@ -78,31 +73,58 @@ def save(ctx, inputs, output):
 
 def backward(ctx, grad):
     (output,) = ctx.saved_tensors
-    wide = output.to(accumulator(output.dtype))
-    half = torch.add(torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device) / 2, wide, alpha=0.5)
-    slope = half.mT @ grad.to(wide.dtype) @ half.mT
-    return (slope.mT - slope).to(output.dtype)
+    flat = lambda t: t.to(accumulator(output.dtype)).reshape(math.prod(output.shape[:-2]), *output.shape[-2:])
+    return in_parts(_gradient, flat(grad), flat(output)).reshape(output.shape).to(output.dtype)
+
+
+def _gradient(G: Tensor, Q: Tensor) -> Tensor:  # (B, N, N), as all below
+    half = torch.baddbmm(G, Q.mT, G, beta=0.25, alpha=0.25)  # (I + Q)^T G / 4
+    slope = torch.baddbmm(half, half, Q.mT)
+    return transposed(slope) - slope
+
+
+def _by_halves(matrix: Tensor) -> Tensor:
+    A = (matrix - transposed(matrix)).double().div_(4)
+    Q = _inverse(_plus_identity(A, 0.5))
+    Q.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return Q.to(matrix.dtype)
+
+
+def _with_pivots(matrix: Tensor) -> Tensor:
+    A = (matrix - transposed(matrix)) / 4
+    Q = torch.linalg.inv_ex(_plus_identity(A, 0.5)).inverse
+    Q = Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return torch.baddbmm(Q, Q, symmetric_product(Q.mT, Q), beta=1.5, alpha=-0.5)
+
+
+def _plus_identity(A: Tensor, share: float) -> Tensor:
+    """NaN where NaN or Inf is in A: a factorisation may divide by the Inf."""
+    taint = 0 * A.sum((-2, -1))[:, None]
+    A.diagonal(dim1=-2, dim2=-1).add_(share + taint)
+    return A
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    """By halves, for a matrix whose symmetric part is at least I."""
+    """By halves, for a matrix whose symmetric part is positive definite."""
     N = matrix.shape[-1]
     if N <= _SIDE:
         return torch.linalg.inv_ex(matrix).inverse  # no check, which would wait for the device
     half = slice(None, N // 2), slice(N // 2, None)
-    a, b, c, d = (matrix[..., i, j] for i in half for j in half)
+    a, b, c, d = (matrix[:, i, j] for i in half for j in half)
     first = _inverse(a)
     right, down = first @ b, c @ first
-    last = _inverse(d - c @ right)
+    last = _inverse(torch.baddbmm(d, c, right, alpha=-1))
     minus = -last
+    corner = right @ minus
     out = torch.empty_like(matrix)
-    out[..., half[1], half[1]] = last
-    out[..., half[1], half[0]] = minus @ down
-    out[..., half[0], half[1]] = corner = right @ minus
-    out[..., half[0], half[0]] = first - corner @ down
+    out[:, half[1], half[1]] = last
+    out[:, half[1], half[0]].baddbmm_(minus, down, beta=0)
+    out[:, half[0], half[1]] = corner
+    out[:, half[0], half[0]] = torch.baddbmm(first, corner, down, alpha=-1)
     return out
 
 
 _op = torch.library.custom_op("lipfast::cayley", reference, mutates_args=())
 _op.register_fake(fake)
 _op.register_autograd(backward, setup_context=save)
+name_definition("lipfast::cayley", reference)

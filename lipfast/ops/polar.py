@@ -2,9 +2,13 @@
 
     M = Q H,    Q^T Q = I,    H = (M^T M)^(1/2):        Q = U V^T for a singular value decomposition M = U S V^T
 
-(Higham 1986, https://doi.org/10.1137/0907079, section 2). Near to Q, where E = M^T M - I has |E|_F <= 1/2, the Newton-Schulz
-step M <- M - M E / 2 (Bjorck & Bowie 1971, https://doi.org/10.1137/0708036) takes |E| to at most 3/4 |E|^2 + 1/4 |E|^3,
-so their number is known from the first E. Elsewhere the decomposition itself is taken.
+(Higham 1986, https://doi.org/10.1137/0907079, section 2). Near to Q, where E = M^T M - I has |E|_F <= 1/2, the binomial series
+(Bjorck & Bowie 1971, https://doi.org/10.1137/0708036)
+
+    Q = M (I + E)^(-1/2) = M (I - E/2 + 3/8 E^2 - 5/16 E^3 + 35/128 E^4 - ...)
+
+is cut after E, E^2 or E^4, which takes |E| to at most 3/4 |E|^2 + 1/4 |E|^3, |E|^3 or 0.65 |E|^5, until that is the dtype's
+rounding; |E| is at most |E|_F, and |E|^2 at most |E^2|_F. Elsewhere the decomposition itself is taken.
 
 For a tall matrix or a square one
 
@@ -17,9 +21,11 @@ import torch
 from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops._definition import name_definition
+from lipfast.ops._matrices import in_parts, symmetric_product
 from lipfast.rounding import accumulator
 
-_NEAR = 0.5  # |E|_F up to which steps are taken: at most six of them, 12 products, reach float64's rounding
+_NEAR = 0.5  # |E|_F up to which the series is taken: thrice at most, for float64's rounding
 
 
 def polar(
@@ -54,7 +60,7 @@ def polar(
 def reference(matrix: Tensor) -> Tensor:
     O, I = matrix.shape[-2:]
     tall = (matrix if O >= I else matrix.mT).to(accumulator(matrix.dtype))
-    Q = _factor(tall.reshape(-1, *tall.shape[-2:])).reshape(tall.shape) if matrix.numel() else tall
+    Q = in_parts(_factor, tall.reshape(-1, *tall.shape[-2:])).reshape(tall.shape) if matrix.numel() else tall
     return (Q if O >= I else Q.mT).to(matrix.dtype, copy=True).contiguous()
 
 
@@ -107,30 +113,44 @@ def sylvester_backward(ctx, grad):
 
 
 def _factor(tall: Tensor) -> Tensor:  # (B, O, I), O >= I
-    eye = torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)
-    E = tall.mT @ tall - eye
+    E = _defect(tall)
     size = torch.linalg.matrix_norm(E.detach())
     near = size <= _NEAR
     if near.all():
-        return _steps(tall, E, size.max().item())
+        return _steps(tall, E)
     out = torch.full_like(tall, torch.nan)
     far = (~near & tall.isfinite().all(-1).all(-1)).nonzero()[:, 0]
     if near.any():
-        out = out.index_put((near.nonzero()[:, 0],), _steps(tall[near], E[near], size[near].max().item()))
+        out = out.index_put((near.nonzero()[:, 0],), _steps(tall[near], E[near]))
     if len(far):
         U, _, Vh = torch.linalg.svd(tall[far], full_matrices=False)
         Q = U @ Vh
-        out = out.index_put((far,), _steps(Q, Q.mT @ Q - eye, 0.0))  # a last step for what rounding took
+        out = out.index_put((far,), _steps(Q, _defect(Q)))  # a last step for what rounding took
     return out
 
 
-def _steps(Q: Tensor, E: Tensor, size: float) -> Tensor:
+def _defect(Q: Tensor) -> Tensor:
+    E = symmetric_product(Q.mT, Q)
+    E.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return E
+
+
+def _steps(Q: Tensor, E: Tensor) -> Tensor:
+    enough = 2 * torch.finfo(Q.dtype).eps
     while True:
-        Q = Q - Q @ E / 2
-        size = 0.75 * size**2 + 0.25 * size**3
-        if size <= torch.finfo(Q.dtype).eps:
+        size = torch.linalg.matrix_norm(E.detach()).max().item()
+        if 0.75 * size**2 + 0.25 * size**3 <= enough:
+            return torch.baddbmm(Q, Q, E, alpha=-0.5)
+        E2 = symmetric_product(E, E)
+        size = torch.linalg.matrix_norm(E2.detach()).max().item() ** 0.5
+        if size**3 <= enough:
+            return torch.baddbmm(Q, Q, torch.add(E2 * (3 / 8), E, alpha=-0.5))
+        rest = torch.add(E2 * (35 / 128), E, alpha=-5 / 16)
+        rest.diagonal(dim1=-2, dim2=-1).add_(3 / 8)
+        Q = torch.baddbmm(Q, Q, torch.add(symmetric_product(E2, rest), E, alpha=-0.5))
+        if 0.65 * size**5 <= enough:
             return Q
-        E = Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        E = _defect(Q)
 
 
 _op = torch.library.custom_op("lipfast::polar", reference, mutates_args=())
@@ -139,3 +159,4 @@ _op.register_autograd(backward, setup_context=save)
 _sylvester = torch.library.custom_op("lipfast::polar_sylvester", sylvester_reference, mutates_args=())
 _sylvester.register_fake(sylvester_fake)
 _sylvester.register_autograd(sylvester_backward, setup_context=sylvester_save)
+name_definition("lipfast::polar", reference)

@@ -1,32 +1,44 @@
 """The matrix exponential of a skew matrix: an orthogonal matrix.
 
-    exp(A) = I + A + A^2/2 + ...,        A = (S - S^T) / 2
+    exp(A) = I + A + A^2/2 + A^3/6 + ...,        A = (S - S^T) / 2
 
 for the matrix S that is passed: the exponential map of the orthogonal matrices (Hu et al. 2026,
-https://arxiv.org/abs/2601.18513, equation 3). Scaling and squaring, exp(A) = exp(A/2^s)^(2^s), of the Taylor polynomial of
-degree 8, which takes three products (Bader, Blanes & Casas 2019, https://doi.org/10.3390/math7121174, section 3).
+https://arxiv.org/abs/2601.18513, equation 3). Scaling and squaring, exp(A) = exp(A/2^s)^(2^s).
 
-The eigenvalues of A come in pairs +-i t, so t^(2k) <= |A^k|_F^2 / 2 for all of them. s is the least number for which this,
-at k = 1 or k = 4, puts every t / 2^s in the polynomial's range, where what it leaves out is below the dtype's rounding. Each
-squaring doubles a loss of orthogonality, so every few of them, and the last, are followed by a Newton step (Bjorck & Bowie
-1971, https://doi.org/10.1137/0708036).
+On an eigenvalue i t of A the even terms make cos t and the odd ones i t sin(t)/t: both are functions of A^2, whose powers are
+symmetric and commute. So of each of the products
+
+    A^2,    A^4 = A^2 A^2,    A^6 = A^2 A^4,    T = A^4 (c4 A^4 + c5 A^6),    A (I + d1 A^2 + d2 A^4 + d3 A^6 + d4 T)
+
+one half mirrors the other; I + c1 A^2 + c2 A^4 + c3 A^6 + T is the even part. The numbers make the largest errors over the
+range of t, of cos t and of sin t, as small as they can be: below an eighth of the dtype's rounding.
+
+The eigenvalues come in pairs +-i t, so t^(2k) <= |A^k|_F^2 / 2 for all of them. s is the least number for which this, at k = 1
+or k = 6, puts every t / 2^s in range. Each squaring doubles a loss of orthogonality, so every few of them, and the last, are
+followed by a Newton step (Bjorck & Bowie 1971, https://doi.org/10.1137/0708036).
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops._definition import name_definition
+from lipfast.ops._matrices import in_parts, joined, parts, skew_product, symmetric_part, symmetric_product, transposed
 from lipfast.rounding import accumulator
 
-_RANGE = {torch.float64: 2.0**-4, torch.float32: 0.5}  # of t: the first term left out, t^9/9!, is below eps/8
+_RANGE = {torch.float64: 0.25, torch.float32: 2.0}  # of t
+_EVEN = {  # c1 to c5
+    torch.float64: (0.5, 0.041666666666655548, 0.0013888888880698436, 2.4801560969424587e-5, 2.7518885868405878e-7),
+    torch.float32: (0.49999995097278185, 0.041666492262851103, 0.0013886871599986064, 2.46994886207e-5, 2.51957043472e-7),
+}
+_ODD = {  # d1 to d4
+    torch.float64: (0.16666666666667582, 0.0083333333345218965, 0.00019841274957552584, 0.11114743142254963),
+    torch.float32: (0.16666681322774728, 0.0083336235535711559, 0.00019860071444424647, 0.11350704487929142),
+}
 _DOUBLINGS = 4  # of an error before a Newton step: at most, however large A is
-_ROOT = math.sqrt(177)
-_A4 = (1 + _ROOT) / 132, (1 + _ROOT) / 528  # of A, A^2
-_LEFT = 2 / 3  # of A^2
-_RIGHT = (29 * _ROOT - 271) / 210, 11 * (_ROOT - 1) / 840, 11 * (_ROOT - 9) / 3360, (89 - _ROOT) / 2240  # of I, A, A^2, A4
-_SUM = (857 - 58 * _ROOT) / 630  # of A^2
 
 
 def skew_exponential(
@@ -40,7 +52,7 @@ def skew_exponential(
             that is skew already is its own skew part.
         squarings: None to choose their number by the largest matrix of the batch, which on CUDA waits for the device to
             read it. A number spares that, as a CUDA graph needs; a matrix that it does not provably suffice for,
-            ``(|A^2|_F^2 / 2)^(1/4) > 2^squarings / 2`` (float64: ``/ 16``), then comes out as NaN.
+            ``(|A^6|_F^2 / 2)^(1/12) > 2^squarings * 2`` (float64: ``/ 4``), then comes out as NaN.
 
     Returns:
         Q with ``Q^T Q = I``.
@@ -71,17 +83,21 @@ def reference(skew: Tensor, squarings: int | None = None) -> Tensor:
 
 def forward_reference(
     skew: Tensor, squarings: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # Q; A^2, A4, exp(A) of the scaled A; squarings, on the CPU
-    A = _skew_part(skew)
-    count = _squarings(A) if squarings is None else squarings
-    A = A * 2.0**-count
-    A2, A4, Q = _polynomial(A)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # Q; A^2, A^4, exp(A) of the scaled A; squarings, on the CPU
+    A = in_parts(_skew_part, _flat(skew))
+    count = _enough(A) if squarings is None else squarings
+    powers = [_powers(_scaled(part, -count)) for part in parts(A)]
+    sizes = torch.cat([_largest(part[3]) for part in powers])
+    if squarings is None and count > 0:  # so there are matrices
+        fewer = min(count, max(0, -_exponent(sizes / _RANGE[A.dtype])))
+        powers = [[_scaled(power, k * fewer) for k, power in zip((1, 2, 4, 6), part, strict=True)] for part in powers]
+        count -= fewer
+    root = joined([_polynomial(*part) for part in powers])
     if squarings is not None:
-        Q = Q.where((_largest(A2) ** 0.5 <= _RANGE[A.dtype])[..., None, None], math.nan)
-    root = Q.clone()
-    for n in range(count):
-        Q = _square(Q, n, last=n == count - 1)
-    return Q.to(skew.dtype, copy=True), A2, A4, root, torch.tensor(count)
+        root = root.where((sizes <= _RANGE[A.dtype])[:, None, None], math.nan)
+    Q = in_parts(partial(_power, count), root)
+    A2, A4 = (joined([part[k] for part in powers]).reshape(skew.shape) for k in (1, 2))
+    return Q.reshape(skew.shape).to(skew.dtype, copy=True), A2, A4, root.reshape(skew.shape), torch.tensor(count)
 
 
 def forward_fake(skew, squarings=None):
@@ -108,20 +124,8 @@ def backward_reference(
     squarings: Tensor,
 ) -> Tensor:  # (*, N, N)
     count = int(squarings)
-    A = _skew_part(skew) * 2.0**-count
-    roots = [root]
-    for n in range(count - 1):
-        roots.append(_square(roots[-1], n))
-    G = grad.to(A.dtype)
-    for Q in reversed(roots[:count]):
-        G = Q.mT @ G + G @ Q.mT
-    left, right = _factors(A, A2, A4)
-    of_left, of_right = G @ right.mT, left.mT @ G
-    of_A4 = of_left + _RIGHT[3] * of_right
-    of_cube = A2 @ of_A4
-    of_A2 = _SUM * G + _LEFT * of_left + _RIGHT[2] * of_right + _A4[1] * of_cube + of_A4 @ (_A4[0] * A + _A4[1] * A2).mT
-    of_A = G + _RIGHT[1] * of_right + _A4[0] * of_cube - A @ (of_A2 + of_A2.mT)  # A is skew: one product for both of A A's
-    return ((of_A - of_A.mT) * 2.0 ** -(count + 1)).to(skew.dtype)
+    slope = in_parts(partial(_gradient, count), *map(_flat, (grad, skew, A2, A4, root)))
+    return slope.reshape(skew.shape).to(skew.dtype)
 
 
 def backward_fake(grad, skew, A2, A4, root, squarings):
@@ -136,55 +140,106 @@ def backward_backward(ctx, grad):
     first, skew, squarings = ctx.saved_tensors
 
     def of_tensors(first, skew):
-        A = _skew_part(skew) * 2.0 ** -int(squarings)
-        return backward_reference(first, skew, *_polynomial(A), squarings)
+        powers = _powers(_scaled(_skew_part(_flat(skew)), -int(squarings)))
+        return backward_reference(first, skew, powers[1], powers[2], _polynomial(*powers), squarings)
 
     return (*torch.func.vjp(of_tensors, first, skew)[1](grad), None, None, None, None)
 
 
-def _skew_part(skew: Tensor) -> Tensor:
-    half = skew.to(accumulator(skew.dtype)) / 2
-    return half - half.mT
+def _flat(t: Tensor) -> Tensor:  # (*, N, N) -> (B, N, N), as all below
+    return t.to(accumulator(t.dtype)).reshape(math.prod(t.shape[:-2]), *t.shape[-2:])
 
 
-def _largest(A: Tensor) -> Tensor:  # (*, N, N) -> (*)
-    """At least the largest t."""
-    return torch.linalg.matrix_norm(A) * 0.5**0.5
+def _skew_part(matrix: Tensor) -> Tensor:
+    half = matrix / 2
+    return half - transposed(half)
 
 
-def _squarings(A: Tensor) -> int:
-    """As the largest finite matrix of the batch needs. Waits for the device, once or twice."""
-    A = A.detach()
+def _enough(A: Tensor) -> int:
+    """Squarings that are enough as t^2 <= |A|_F^2 / 2 <= N^2 max |a|^2 / 2, and mostly too many."""
     if A.numel() == 0:
         return 0
-    shift = torch.frexp(A.abs().nan_to_num(0, 0).amax()).exponent.clamp(min=0)
-    A = A * torch.ldexp(A.new_ones(()), -shift)  # so that powers stay in range
-    count = lambda size: shift + torch.frexp(size.nan_to_num(0, 0).amax() / _RANGE[A.dtype]).exponent
-    needed = int(count(_largest(A)))
-    if needed > 0:
-        A2 = A @ A
-        needed = int(count(_largest(A2 @ A2) ** 0.25))
-    return max(needed, 0)
+    entry = torch.linalg.vector_norm(A.detach(), math.inf, (-2, -1))
+    return max(0, _exponent(entry) + math.frexp(A.shape[-1] * 0.5**0.5 / _RANGE[A.dtype])[1])
 
 
-def _polynomial(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A^2, a polynomial of degree 4 and that of degree 8."""
-    A2 = A @ A
-    A4 = A2 @ (_A4[0] * A + _A4[1] * A2)
-    left, right = _factors(A, A2, A4)
-    Q = left @ right + A + _SUM * A2
-    return A2, A4, Q + torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+def _largest(A6: Tensor) -> Tensor:  # (B, N, N) -> (B)
+    """At least the largest t."""
+    return (torch.linalg.matrix_norm(A6.detach()) * 0.5**0.5) ** (1 / 6)
 
 
-def _factors(A: Tensor, A2: Tensor, A4: Tensor) -> tuple[Tensor, Tensor]:
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return _LEFT * A2 + A4, _RIGHT[0] * eye + _RIGHT[1] * A + _RIGHT[2] * A2 + _RIGHT[3] * A4
+def _exponent(sizes: Tensor) -> int:
+    """Of the least power of 2 above the finite ones. Waits for the device."""
+    return int(torch.frexp(sizes.nan_to_num(0, 0).amax()).exponent)
+
+
+def _scaled(t: Tensor, exponent: int) -> Tensor:
+    return t * 2.0**exponent if exponent else t
+
+
+def _powers(A: Tensor) -> list[Tensor]:  # A, A^2, A^4, A^6
+    A2 = symmetric_product(A, A)
+    A4 = symmetric_product(A2, A2)
+    return [A, A2, A4, symmetric_product(A2, A4)]
+
+
+def _polynomial(A: Tensor, A2: Tensor, A4: Tensor, A6: Tensor) -> Tensor:
+    c1, c2, c3, c4, c5 = _EVEN[A.dtype]
+    d1, d2, d3, d4 = _ODD[A.dtype]
+    top = symmetric_product(A4, _sum((c4, A4), (c5, A6)))
+    even, odd = _sum((1, top), (c1, A2), (c2, A4), (c3, A6)), _sum((d4, top), (d1, A2), (d2, A4), (d3, A6))
+    for part in (even, odd):
+        part.diagonal(dim1=-2, dim2=-1).add_(1)
+    return even + skew_product(A, odd)
+
+
+def _gradient(count: int, G: Tensor, skew: Tensor, A2: Tensor, A4: Tensor, root: Tensor) -> Tensor:
+    """Of a symmetric matrix only the symmetric part of a gradient counts, of a skew one only the skew part. With a symmetric
+    gradient G that of A^2 A^2 is X + X^T for X = A^2 G, and that of A^6 for X = A^2 (Y + Y^T / 2), Y = A^2 G.
+    """
+    roots = [root]
+    for n in range(count - 1):
+        roots.append(_square(roots[-1], n))
+    for Q in reversed(roots[:count]):
+        G = torch.baddbmm(Q.mT @ G, G, Q.mT)
+    A = _scaled(_skew_part(skew), -count)
+    A6 = symmetric_product(A2, A4)
+    c1, c2, c3, c4, c5 = _EVEN[A.dtype]
+    d1, d2, d3, d4 = _ODD[A.dtype]
+    odd = _sum((d4, symmetric_part(root)), (d1 - d4 * c1, A2), (d2 - d4 * c2, A4), (d3 - d4 * c3, A6))
+    odd.diagonal(dim1=-2, dim2=-1).add_(1 - d4)
+    of_even = symmetric_part(G)
+    of_product = G - of_even
+    of_odd = -symmetric_part(A @ of_product)
+    of_top = _sum((1, of_even), (d4, of_odd))
+    right = of_top @ A4
+    of_A6 = symmetric_part(_sum((c5, right), (c3, of_even), (d3, of_odd)))
+    of_A4 = torch.baddbmm(_sum((c4, right), (c2, of_even), (d2, of_odd)), of_top, _sum((c4, A4), (c5, A6)))
+    Y = A2 @ of_A6
+    X = A2 @ (Y / 2 + symmetric_part(Y + of_A4))
+    of_A2 = _sum((2, symmetric_part(X)), (c1, of_even), (d1, of_odd))
+    of_A = torch.baddbmm(of_product @ odd, A, of_A2, alpha=-2)
+    return _skew_part(_scaled(of_A, -count))
+
+
+def _sum(first: tuple[float, Tensor], *others: tuple[float, Tensor]) -> Tensor:
+    out = first[0] * first[1]
+    for factor, matrix in others:
+        out.add_(matrix, alpha=factor)
+    return out
+
+
+def _power(count: int, Q: Tensor) -> Tensor:
+    """Q^(2^count)."""
+    for n in range(count):
+        Q = _square(Q, n, last=n == count - 1)
+    return Q
 
 
 def _square(Q: Tensor, n: int, last: bool = False) -> Tensor:
     Q = Q @ Q
     if last or n % _DOUBLINGS == _DOUBLINGS - 1:  # a Newton step has no derivative along the orthogonal matrices
-        Q = Q + (Q - Q @ (Q.mT @ Q)).detach() / 2
+        Q = Q + (Q - Q @ symmetric_product(Q.mT, Q)).detach() / 2
     return Q
 
 
@@ -200,3 +255,5 @@ torch.library.impl(
     "CompositeImplicitAutograd",
     lambda skew, squarings=None: torch.ops.lipfast.skew_exponential_forward(skew, squarings)[0],
 )
+name_definition("lipfast::skew_exponential_forward", forward_reference)
+name_definition("lipfast::skew_exponential_backward", backward_reference)

@@ -5,9 +5,10 @@ A depthwise convolution with circular padding keeps the l_2 norm of every image 
 (its theorem 1, for images of sides n >= 2k - 1 with kernels of side k): then it is a shift. A permutation of its input, hence
 norm preserving in every l_p.
 
-The paper names the five groups and their ratio, not their order nor which way "up" is; both are fixed here. The operator is a
-composition of torch's own, so this file needs no fake and no derivative: that of a shift is the opposite shift.
+The paper names the five groups and their ratio, not their order nor which way "up" is; both are fixed here.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,9 @@ def spatial_shift(x: Tensor, ratio: float = 0.125) -> Tensor:  # (B, C, H, W) ->
         raise ValueError(f"spatial_shift: ratio must be from 0 to 1/4, got {ratio}")
     if abs(ratio * x.shape[1] - round(ratio * x.shape[1])) > 1e-6:  # a ratio such as 1/3 is itself rounded
         raise ValueError(f"spatial_shift: ratio must make a whole number of the {x.shape[1]} channels of x, got {ratio}")
-    return reference(x, ratio)
+    if torch.compiler.is_compiling():  # a composition of torch's own, which the compiler fuses with its neighbours
+        return reference(x, ratio)
+    return _SpatialShift.apply(x, ratio, False)
 
 
 def reference(x: Tensor, ratio: float = 0.125) -> Tensor:
@@ -59,5 +62,46 @@ def reference(x: Tensor, ratio: float = 0.125) -> Tensor:
     return torch.cat((up.roll(-1, 2), down.roll(1, 2), left.roll(-1, 3), right.roll(1, 3), stay), 1)
 
 
+def one_pass(x: Tensor, ratio: float = 0.125, back: bool = False) -> Tensor:
+    """``reference``, or its inverse, written in place: half the memory traffic of rolls and a concatenation."""
+    out, n = x.clone(), round(ratio * x.shape[1])
+    for group, (dim, step) in enumerate(((2, -1), (2, 1), (3, -1), (3, 1))):
+        source, to = (t.narrow(1, group * n, n) for t in (x, out))
+        size = x.shape[dim]
+        k = (-step if back else step) % max(size, 1)
+        to.narrow(dim, k, size - k).copy_(source.narrow(dim, 0, size - k))
+        to.narrow(dim, 0, k).copy_(source.narrow(dim, size - k, k))
+    return out
+
+
+def fake(x, ratio=0.125, back=False):
+    return torch.empty_like(x)
+
+
+class _SpatialShift(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, ratio: float, back: bool) -> Tensor:
+        return torch.ops.lipfast.spatial_shift_pass(x, ratio, back)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
+        _, ctx.ratio, ctx.back = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _SpatialShift.apply(grad, ctx.ratio, not ctx.back), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, ratio: float, back: bool) -> tuple[Tensor, int]:
+        x = x.movedim(in_dims[0], 0)
+        return _SpatialShift.apply(x.flatten(0, 1), ratio, back).unflatten(0, x.shape[:2]), 0
+
+
+def _spatial_shift(x: Tensor, ratio: float = 0.125) -> Tensor:
+    return _SpatialShift.apply(x, ratio, False)
+
+
+_pass = torch.library.custom_op("lipfast::spatial_shift_pass", one_pass, mutates_args=())
+_pass.register_fake(fake)
 torch.library.define("lipfast::spatial_shift", torch.library.infer_schema(reference, mutates_args=()))
-torch.library.impl("lipfast::spatial_shift", "CompositeImplicitAutograd", reference)
+torch.library.impl("lipfast::spatial_shift", "CompositeImplicitAutograd", _spatial_shift)

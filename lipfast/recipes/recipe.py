@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lipfast.nn import ClippedReLU
+from lipfast.nn import ClippedReLU, LiResConv2d
 from lipfast.schedules import decay
 
 Memory = dict[str, Any]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
     "sgd": lambda parameters, **settings: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings),
 }
 
@@ -34,8 +35,8 @@ class Recipe:
         decay_start, lr_end: from that epoch on the learning rate falls exponentially, to ``lr_end`` when the last one ends;
             with ``lr_end`` 0 it does not.
         clip: largest l2 norm of the gradient.
-        crop, flip, rotate, shift: random shift by up to ``crop`` pixels, mirror image, rotation in degrees and shift as a
-            fraction of the image, see :func:`lipfast.data.batches`.
+        crop, flip, rotate, shift, randaugment: random shift by up to ``crop`` pixels, mirror image, rotation in degrees, shift
+            as a fraction of the image and probability of RandAugment, see :func:`lipfast.data.batches`.
         eps: the radius at which the network is to be certified.
     """
 
@@ -56,6 +57,7 @@ class Recipe:
     flip: bool = False
     rotate: float = 0.0
     shift: float = 0.0
+    randaugment: float = 0.0
     seed: int = 0
     eps: float
 
@@ -71,6 +73,7 @@ class Recipe:
             self.require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         for name in ("weight_decay", "lr_decay", "decay_start", "lr_end", "crop", "rotate", "shift", "seed", "eps"):
             self.require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        self.require("randaugment", 0 <= self.randaugment <= 1, "a probability from 0 to 1")
 
     def require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -117,7 +120,9 @@ class Recipe:
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         return OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
-    def lr_at(self, epoch: int) -> float:
+    def lr_at(self, epoch: float) -> float:
+        """The learning rate of a step, ``epoch`` epochs done so far. Here it changes from epoch to epoch only."""
+        epoch = math.floor(epoch)
         lr = self.lr * self.lr_decay ** sum(m <= epoch for m in self.milestones)
         return lr * decay(epoch, self.decay_start, self.epochs, self.lr_end / self.lr) if self.lr_end else lr
 
@@ -173,4 +178,4 @@ def _parsed(name: str, kind: Any, value: Any) -> Any:
 
 def normalises(model: nn.Module) -> bool:
     """Whether bounds, which are of the network in eval mode, are of another function than the one in training mode."""
-    return any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
+    return any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, LiResConv2d)) for m in model.modules())
