@@ -102,8 +102,13 @@ def test_bounds_and_certificates_are_the_same_under_autocast(device):
         assert torch.equal(plain, shielded)
 
 
-def test_a_certificate_reads_the_weights_that_parametrizations_compute_once(device):
+def test_a_certificate_reads_the_weights_that_parametrizations_compute_once(device, monkeypatch):
     model, x = network(device), torch.rand(6, 1, 8, 8, device=device)
+    calls, parametrization = [], type(model[3].parametrizations.weight[0])
+    compute = parametrization.forward
+    monkeypatch.setattr(parametrization, "forward", lambda *args: calls.append(1) or compute(*args))
+    lipfast.certify(model, (x, torch.zeros(6, dtype=torch.int64)), 0.1, method="product", batch_size=1, progress=False)
+    assert len(calls) <= 3  # not for every batch
     before = {key: value.clone() for key, value in model.state_dict().items()}
     certificate = lipfast.certify(model, (x, torch.zeros(6, dtype=torch.int64)), 0.1, method="liplt", progress=False)
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).to(device)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lipfast.optim import ManifoldAdam, fast_exponential, parameter_groups
+from lipfast.optim.fast_exponential import less_identity
 
 
 def orthogonal(*shape, device, dtype=torch.float32, seed=0):
@@ -296,7 +297,13 @@ def test_a_closure_gives_the_loss(device):
 
 def test_products_are_float32_whatever_the_caller_allows(device, monkeypatch):
     p = matrices(64, 64, device=device)
-    optimizer = on_manifold(p, lr=1e-3)
+    optimizer, seen = on_manifold(p, lr=1e-3), set()
+
+    def spied(A):
+        seen.update(s.fp32_precision for s in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))
+        return less_identity(A)
+
+    monkeypatch.setattr("lipfast.optim.manifold_adam.less_identity", spied)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
@@ -304,6 +311,7 @@ def test_products_are_float32_whatever_the_caller_allows(device, monkeypatch):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    assert seen == {"ieee"}
     assert off(p) < 3e-6
 
 

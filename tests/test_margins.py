@@ -46,6 +46,7 @@ OWN = {
     "clipped": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 8), ClippedReLU(0.5), nn.Linear(8, 5)), (2, 4, 4)),
     "pixels": (lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Flatten(), nn.Linear(24, 5)), (2, 4, 4)),
     "lipnext": (lambda: models.lipnext((2, 4, 4), 5, depth=6, width=16), (2, 4, 4)),
+    "smooth alone": (lambda: nn.Sequential(nn.SiLU(), nn.Flatten()), (2, 2, 2)),
     "pooled": (lambda: nn.Sequential(nn.Conv2d(2, 6, 1), L2Pool()), (2, 4, 4)),
 }
 
@@ -87,6 +88,49 @@ def test_contains_what_float32_rounds(name, device):
     assert (want - sharper)[others].max() < 0.02
     assert (want - tight)[others].max() < 1e-9
     assert not lower[~others].any()
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return x + torch.relu(x) * 300
+
+
+LATER = {
+    "convolution": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+    "average": lambda: nn.AvgPool2d(2),
+    "l2 pooling": lambda: nn.LPPool2d(2, 2),
+    "maximum": lambda: nn.MaxPool2d(3, 1),
+    "max min": MaxMin,
+    "elementwise": nn.SiLU,
+    "scale": lambda: Normalize([0.0] * 4, [1e-3] * 4),
+    "sum": Twice,
+    "rearranged": lambda: nn.Unflatten(1, (2, 2)),
+    "nothing": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("later", LATER)
+def test_an_early_error_goes_through_what_follows(later, last, device):
+    """The first layer cancels: what it errs by is large beside its values, and all later roundings are small beside that."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(2, 4, 1, bias=False)
+    with torch.no_grad():
+        first.weight[:, 0] = torch.rand(4, 1, 1) * 1e4
+        first.weight[:, 1] = -first.weight[:, 0]
+    layers = [first, LATER[later](), nn.Flatten()]
+    x = torch.rand(512, 1, 4, 4, device=device)
+    x = torch.cat([x, x * (1 + 3e-7 * torch.randn_like(x))], 1)
+    width = nn.Sequential(*layers).to(device)(x[:1]).shape[1]
+    model = _plain(nn.Sequential(*layers, *([nn.Linear(width, 5)] if last else [])).to(device).eval())
+    count = 5 if last else width
+    label = torch.arange(512, device=device) % count
+    lower = Margins(model, (2, 4, 4), dtype=torch.float32)(x, label)
+    want = exact(model, x, label)
+    others = ~nn.functional.one_hot(label, count).bool()
+    assert (lower <= want)[others].all()
+    sharper = Margins(model.float(), (2, 4, 4), bounds.norms(model, (2, 4, 4)), dtype=torch.float32)(x, label)
+    assert (sharper <= want)[others].all()
 
 
 def test_a_deep_network_of_isometries_keeps_its_margins(device):

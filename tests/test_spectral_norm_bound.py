@@ -308,7 +308,9 @@ def test_near_an_orthogonal_matrix_exceeds_exactly(device):
 
 
 def test_a_batch_with_one_matrix_far_from_orthogonal_is_bounded_matrix_by_matrix(device):
-    weight = torch.stack([orthogonal(40), torch.randn(40, 40, dtype=torch.float64)]).to(device)
+    near = orthogonal(40) + 1e-6 * torch.randn(40, 40, dtype=torch.float64)
+    weight = torch.stack([near, torch.randn(40, 40, dtype=torch.float64)]).to(device)
     bound, exact = spectral_norm_bound(weight), norm(weight)
-    assert (bound >= exact * SVD).all() and (bound <= 1.001 * exact).all()
-    assert bound[0] <= exact[0] * (1 + 1e-11)
+    assert (bound >= exact * SVD).all()
+    assert (bound <= 1.001 * exact).all()
+    assert bound[0] <= exact[0] * (1 + 2e-5)  # where the chain alone would add 4e-4

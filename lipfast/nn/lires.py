@@ -140,5 +140,5 @@ class Residual(nn.Module):
 def _residual(raw: Tensor, gamma: Tensor, depth: int) -> Tensor:  # (O, O, *kernel), (O,)
     kernel = raw.shape[2:]
     identity = torch.eye(len(raw), dtype=raw.dtype, device=raw.device).reshape(*raw.shape[:2], *[1] * len(kernel))
-    identity = F.pad(identity, [n // 2 for n in kernel for _ in "12"])
+    identity = F.pad(identity, [n // 2 for n in kernel for _ in range(2)])
     return identity + raw * (gamma / math.sqrt(depth)).reshape(-1, *[1] * (raw.ndim - 1))

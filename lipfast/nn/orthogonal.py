@@ -28,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from lipfast.nn._weights import weight_of
-from lipfast.ops.cayley import cayley
+from lipfast.ops._cayley_around import cayley_around
 from lipfast.ops.polar import polar
 from lipfast.ops.skew_exponential import skew_exponential
 from lipfast.rounding import accumulator
@@ -92,6 +92,9 @@ class Orthogonal(nn.Module):
             tall = self._tall(raw.to(accumulator(raw.dtype)))
             if self.map == "polar":
                 Q = polar(tall)
+            elif self.map == "cayley" and self.rows == self.columns:
+                assert self.corner is not None, "right_inverse has run"
+                Q = cayley_around(self.corner.to(tall.dtype), tall)
             else:
                 Q = self._around_base(_cayley_columns(tall) if self.map == "cayley" else _exponential_columns(tall))
         return (Q.mT if self.wide else Q).reshape(self.shape).to(raw.dtype)
@@ -131,9 +134,7 @@ class Orthogonal(nn.Module):
 
 
 def _cayley_columns(raw: Tensor) -> Tensor:  # (*, N, K)
-    N, K = raw.shape[-2:]
-    if N == K:
-        return cayley(raw)
+    K = raw.shape[-1]
     A, B = raw[..., :K, :].double(), raw[..., K:, :].double()  # in float32 B^T B would lose |B|^2 eps of orthogonality
     eye = torch.eye(K, dtype=A.dtype, device=A.device)
     X = torch.linalg.inv_ex(eye + (A - A.mT) / 2 + B.mT @ B).inverse

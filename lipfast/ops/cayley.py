@@ -74,20 +74,28 @@ def save(ctx, inputs, output):
 def backward(ctx, grad):
     (output,) = ctx.saved_tensors
     flat = lambda t: t.to(accumulator(output.dtype)).reshape(math.prod(output.shape[:-2]), *output.shape[-2:])
-    return in_parts(_gradient, flat(grad), flat(output)).reshape(output.shape).to(output.dtype)
+    return in_parts(gradient, flat(grad), flat(output)).reshape(output.shape).to(output.dtype)
 
 
-def _gradient(G: Tensor, Q: Tensor) -> Tensor:  # (B, N, N), as all below
-    half = torch.baddbmm(G, Q.mT, G, beta=0.25, alpha=0.25)  # (I + Q)^T G / 4
-    slope = torch.baddbmm(half, half, Q.mT)
-    return transposed(slope) - slope
+def gradient(G: Tensor, Q: Tensor) -> Tensor:  # (B, N, N), as all below
+    return slope(torch.baddbmm(G, Q.mT, G), Q)
+
+
+def slope(left: Tensor, Q: Tensor) -> Tensor:
+    """The gradient, for ``left = (I + Q)^T G``."""
+    both = torch.baddbmm(left, left, Q.mT, beta=0.25, alpha=0.25)
+    return transposed(both) - both
 
 
 def _by_halves(matrix: Tensor) -> Tensor:
-    A = (matrix - transposed(matrix)).double().div_(4)
-    Q = _inverse(_plus_identity(A, 0.5))
+    return by_halves(matrix - transposed(matrix), torch.float64).to(matrix.dtype)
+
+
+def by_halves(double: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of ``double = 2 A``, computed in ``dtype``, which is that of the result."""
+    Q = _inverse(_plus_identity(double.to(dtype) / 4, 0.5))
     Q.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return Q.to(matrix.dtype)
+    return Q
 
 
 def _with_pivots(matrix: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class ManifoldAdam(Optimizer):
                 "ManifoldAdam: params must have a group with 'orthogonal': True, got none; parameter_groups(model) makes them"
             )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:  # also when a state is loaded, which may be corrupt
         super().__setstate__(state)
         self.__dict__.setdefault("_group", None)
         self._seen = {}
@@ -138,10 +138,6 @@ class ManifoldAdam(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._seen.clear()
 
     @torch.compiler.disable  # it decides by numbers: a compiled training step calls it as it is
     @torch.no_grad()
