@@ -145,9 +145,9 @@ def certify(
 
     Args:
         model: any network that :mod:`lipfast.bounds` reads. It is put into eval mode, and back.
-        data: a :class:`lipfast.data.Dataset` or :class:`lipfast.data.Folder`, a pair (images (B, ...), labels (B,)), or an iterable of such pairs.
-            uint8 images become floats in [0, 1]. Images are cast to the dtype of the parameters: the ball is around the
-            image that the network sees.
+        data: a :class:`lipfast.data.Dataset` or :class:`lipfast.data.Folder`, a pair (images (B, ...), labels (B,)), or
+            an iterable of such pairs. uint8 images become floats in [0, 1]. Images are cast to the dtype of the
+            parameters: the ball is around the image that the network sees.
         eps: one radius or several, in the l_p norm and in units of the pixels handed over. Each is tried for each image,
             so certified accuracies at these are those of the method.
         p: norm of the ball, by default the method's own, named first.
