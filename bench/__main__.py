@@ -3,13 +3,15 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from bench import cases, floors, liplt, local, memory, networks, ops, record
+from bench import cases, floors, liplt, lipnext, local, manifold, memory, networks, ops, record
 
 DTYPES = ["float32", "tf32", "bfloat16", "float16", "float64"]
+LARGE = ["liplt", "lipnext"]
 
 
 def main() -> int:
@@ -22,17 +24,29 @@ def main() -> int:
     missing = [name for name, loaded in facts["kernels"].items() if not loaded]
     if a.device == "cpu" and "cpu" in missing:
         print("note: no compiled kernels here, so every op is its reference: pip install -e .")
-    results = []
+    results: list[dict] = []
     if a.ops or not (a.peers or a.large):
         results += _time_ops(a)
     if a.peers:
         results += _time_networks(a)
-    if a.large:
-        results.append(liplt.large(a.device, *(liplt.TINY if a.quick else liplt.LARGE)))
+    _write(a, results)
+    for row in _time_large(a):
+        results.append(row)
+        _write(a, results)  # the next one may not fit, or be stopped
+    return 0
+
+
+def _write(a: argparse.Namespace, results: list[dict]) -> None:
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)
         a.json.write_text(json.dumps({**record.circumstances(a.device), "results": results}, indent=1) + "\n")
-    return 0
+
+
+def _time_large(a: argparse.Namespace) -> Iterator[dict]:
+    if "liplt" in a.large:
+        yield liplt.large(a.device, *(liplt.TINY if a.quick else liplt.LARGE))
+    if "lipnext" in a.large:
+        yield from lipnext.large(a.device, a.repeats, a.quick)
 
 
 def _time_networks(a: argparse.Namespace) -> list[dict]:
@@ -45,6 +59,8 @@ def _time_networks(a: argparse.Namespace) -> list[dict]:
         rows += liplt.run(name, make, shape, a.device, min(a.repeats, 9))
     for name in [] if a.quick else liplt.PROOFS:
         rows.append(liplt.prove(name, *liplt.NETWORKS[name], a.device, 3))
+    for shape in manifold.TINY if a.quick else manifold.SIZES:
+        rows += manifold.run(shape, a.device, min(a.repeats, 5))
     used = memory.run("small", 64, a.device) if a.quick else memory.run("6C2F", memory.BATCH, a.device)
     return rows if used is None else [*rows, used]
 
@@ -66,8 +82,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--outward", action="store_true", help="the boxes that hold in floating point")
-    parser.add_argument("--peers", action="store_true", help="whole networks beside compiled code, auto_LiRPA, Local-Lip, CRM")
-    parser.add_argument("--large", action="store_true", help="LipLT of 1000 classes and ResNet-50's size: minutes, 24 GiB")
+    parser.add_argument("--peers", action="store_true", help="networks and orthogonal maps beside others' code")
+    parser.add_argument(
+        "--large",
+        nargs="*",
+        choices=LARGE,
+        metavar="NAME",
+        help="minutes: liplt, of 1000 classes and ResNet-50's size in 24 GiB, or lipnext, training steps; or both",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=None, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -79,6 +101,7 @@ def _arguments() -> argparse.Namespace:
         parser.error("--device cuda: torch finds no GPU here")
     if a.device == "cpu" and "tf32" in a.dtype:
         parser.error("--dtype tf32 is an arithmetic of --device cuda")
+    a.large = LARGE if a.large == [] else a.large or []
     a.repeats = a.repeats or (2 if a.quick else 20)
     return a
 

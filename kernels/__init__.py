@@ -3,4 +3,4 @@
 
 def register() -> None:
     """Imports every kernel file; each registers itself for CUDA tensors."""
-    from lipfast.kernels import conv2d_norm_estimate, interval_conv2d, interval_linear  # noqa: F401
+    from lipfast.kernels import beta_abs, conv2d_norm_estimate, interval_conv2d, interval_linear, spatial_shift  # noqa: F401

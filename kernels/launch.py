@@ -72,7 +72,8 @@ def product_options(tile: Tile, like: Tensor, *others: Tensor) -> dict:
 
 def index_type(*tensors: Tensor) -> tl.dtype:
     # 2^30, not 2^31: offsets may overshoot by a tile before their mask drops them
-    return tl.int64 if max(t.numel() for t in tensors) >= 2**30 else tl.int32
+    reach = lambda t: 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return tl.int64 if max(reach(t) for t in tensors) >= 2**30 else tl.int32
 
 
 def split(low: Tensor, high: Tensor, gamma: float | None = None, transpose: bool = False) -> tuple[Tensor, Tensor]:

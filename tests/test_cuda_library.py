@@ -1,5 +1,7 @@
 """What is known of the CUDA library without a compiler; tools/check_cuda.py builds and loads it."""
 
+import re
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 import lipfast
+from lipfast import cayley, skew_exponential
 from tools import check_cuda
 
 FILES = sorted((Path(__file__).parents[1] / "kernels").glob("*.cu"))
@@ -28,9 +31,37 @@ Resource usage:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_file_serves_the_op_of_its_name(file):
     assert find_spec(f"lipfast.ops.{file.stem}")
-    assert f'IMPL(lipfast, CUDA, m) {{ m.impl("{file.stem}",' in " ".join(file.read_text().split())
+    served = re.search(
+        rf'IMPL\(lipfast, CUDA, m\) {{ m\.impl\("({file.stem}(?:_forward)?)",', " ".join(file.read_text().split())
+    )
+    assert served
     if lipfast.loaded["cuda"]:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lipfast::{file.stem}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lipfast::{served[1]}", "CUDA")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_definition_that_a_kernel_leaves_cases_to_has_a_name(file):
+    for name in re.findall(r'definition_of\("lipfast::(\w+)"', file.read_text()):
+        assert hasattr(torch.ops.lipfast, name)
+
+
+@pytest.mark.skipif(not lipfast.loaded["cuda"], reason="there is no CUDA library here")
+@pytest.mark.parametrize("op", [cayley, partial(skew_exponential, squarings=5)], ids=["cayley", "skew_exponential"])
+def test_small_matrices_do_not_wait_for_the_device(op):
+    """A CUDA graph, forward and backward, allows no waiting."""
+    matrix = torch.randn(3, 20, 20, device="cuda", requires_grad=True)
+    both = lambda: torch.autograd.grad((op(matrix) ** 3).sum(), matrix)[0]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both()
+    with torch.no_grad():
+        matrix.mul_(-0.5)
+    graph.replay()
+    torch.testing.assert_close(got, both())
 
 
 def test_no_file_asks_for_relaxed_arithmetic():

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import lipfast.ops.beta_abs as folding
 import lipfast.ops.conv2d_norm_estimate as norm
 import lipfast.ops.interval_conv2d as conv2d
 import lipfast.ops.interval_linear as linear
+import lipfast.ops.spatial_shift as shift
 from lipfast import rounding
 from lipfast.ops.spectral_norm_estimate import _random
 from tests import test_conv2d_norm_estimate, test_interval_conv2d, test_interval_linear
@@ -42,6 +44,15 @@ NORM = [
     (None, None, None, None, 3, 3, 4, 2, (3, 3), (1, 1), (1, 1), (1, 1), 1),
     (None, 2, 2, 1, 4, 5, 4, 6, (3, 2), (2, 3), (2, 1), (1, 2), 2),
 ]
+# B, C, H, W
+IMAGES = [(2, 10, 3, 5), (1, 5, 1, 1), (0, 10, 2, 2), (3, 5, 4, 1), (1, 20, 1, 2)]
+LAYOUTS = {
+    "channels first": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "channels in the middle": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
@@ -85,6 +96,8 @@ kernels = SimpleNamespace(
     linear=pytest.importorskip("lipfast.kernels.interval_linear"),
     conv2d=pytest.importorskip("lipfast.kernels.interval_conv2d"),
     norm=pytest.importorskip("lipfast.kernels.conv2d_norm_estimate"),
+    folding=pytest.importorskip("lipfast.kernels.beta_abs"),
+    shift=pytest.importorskip("lipfast.kernels.spatial_shift"),
 )
 launch = pytest.importorskip("lipfast.kernels.launch")
 if INTERPRETED:  # the op itself then runs on the kernel
@@ -93,7 +106,7 @@ if INTERPRETED:  # the op itself then runs on the kernel
 
 def agree(kernel, reference, args, *options):
     dtype = args[0].dtype
-    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in args]
+    wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
     for got, want in zip(kernel(*args, *options), reference(*wide, *options), strict=True):
         assert got.shape == want.shape
         assert got.dtype == dtype
@@ -250,3 +263,69 @@ def test_norm_estimate_of_a_convolution_keeps_what_the_op_promises(monkeypatch):
     test_conv2d_norm_estimate.test_a_weight_that_is_not_finite_gives_nan(torch.inf, "cpu")
     test_conv2d_norm_estimate.test_nothing_gives_zero_and_finite_vectors("cpu")
     test_conv2d_norm_estimate.test_leaves_a_start_that_the_operator_maps_to_zero("cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("image", IMAGES, ids=str)
+def test_shift_in_any_layout(image, layout, monkeypatch):
+    for name, value in {"NUMBERS": 16, "CHANNELS": 4, "PLANES": 2, "PIXELS": 8}.items():
+        monkeypatch.setattr(kernels.shift, name, value)
+    x = LAYOUTS[layout](torch.randn(image))
+    for ratio, back in ((0.2, False), (0.2, True), (0.0, False)):
+        got = kernels.shift.spatial_shift(x, ratio, back)
+        assert torch.equal(got, shift.one_pass(x, ratio, back))
+        assert got.stride() == torch.empty_like(x).stride()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shift_copies_every_number_of_any_dtype(dtype):
+    x = torch.randn(2, 12, 3, 4).to(dtype)
+    x[0, :, 1, 1] = torch.nan
+    x[1, 3, 1, 1] = torch.inf
+    assert torch.equal(kernels.shift.spatial_shift(x, 0.25).view(torch.uint8), shift.reference(x, 0.25).view(torch.uint8))
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("image", IMAGES, ids=str)
+def test_beta_abs_in_any_layout(image, layout, monkeypatch):
+    for name, value in {"FORWARD": 64, "BACKWARD": 64, "CHANNELS": 4, "PLANES": 2}.items():
+        monkeypatch.setattr(kernels.folding, name, value)
+    x, bias, position, grad = (torch.randn(s) for s in (image, image[1:2], image[2:], image))
+    assert_folds(LAYOUTS[layout](x), 0.9, bias, position, LAYOUTS[layout](grad))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "beta"), [((3, 7), 0.5), ((2, 0), 0.5), ((2, 3, 5), 0.0), ((2, 300), 0.7), ((1, 4, 2, 3), 1.0)], ids=str
+)
+def test_beta_abs_with_and_without_bias_and_position(shape, beta, dtype):
+    new = lambda size: torch.randn(size).to(dtype)
+    assert_folds(new(shape), beta, new(shape[1:2]), None, new(shape))
+    assert_folds(new(shape), beta, None, new(shape[2:]) if len(shape) == 4 else None, new(()).expand(shape))
+
+
+def assert_folds(x, beta, bias, position, grad):
+    dtype, n = x.dtype, folding.folded(beta, x.shape[1])
+    wide = [None if t is None else t.double() for t in (x, bias, position)]
+    out, signs = kernels.folding.beta_abs(x, beta, bias, position)
+    assert_near(out, folding.reference(wide[0], beta, *wide[1:]), dtype)
+    assert torch.equal(signs, folding.one_pass(wide[0], beta, *wide[1:])[1])
+    assert (out.dtype, out.stride()) == (dtype, torch.empty_like(x).stride())
+    bare, empty = kernels.folding.beta_abs(x, beta, bias, position, False)
+    assert torch.equal(bare, out)
+    assert not empty.numel()
+    for need in ((True, bias is not None, position is not None), (False, False, x.ndim == 4), (False, True, False)):
+        agree(kernels.folding.beta_abs_backward, folding.backward_reference, (grad, signs, n), *need)
+
+
+@interpreted
+def test_beta_abs_keeps_nan_and_turns_the_gradient_below_zero_alone():
+    x = torch.tensor([[-1.0, -0.0, 0.0, 1.0, torch.nan, -torch.inf, 2.0, -torch.nan]])
+    out, signs = kernels.folding.beta_abs(x, 1.0)
+    torch.testing.assert_close(out, x.abs(), equal_nan=True)
+    turned, _, _ = kernels.folding.beta_abs_backward(torch.ones_like(x), signs, 8, True, False, False)
+    assert turned.tolist() == [[-1, 1, 1, 1, 1, -1, 1, 1]]

@@ -2,8 +2,8 @@
 
     python tools/check_cuda.py [--build build/cuda-check] [--archs "80-real;90a-real;100"]
 
-Fails if a file of kernels/*.cu does not register the op of its name for CUDA, or if a kernel uses local memory (spilled
-registers, arrays with run-time indices) and is not in ALLOWED.
+Fails if a file of kernels/*.cu does not register the op of its name, or that op's forward part, for CUDA, or if a kernel uses
+local memory (spilled registers, arrays with run-time indices) and is not in ALLOWED.
 """
 
 import argparse
@@ -72,11 +72,13 @@ def build(folder: Path, archs: str, nvcc: str) -> Path:
 
 
 def unregistered(library: Path, ops: list[str]) -> list[str]:
-    """Loads the library in a fresh process, after the schemas; returns the ops without a CUDA kernel."""
+    """Loads the library in a fresh process, after the schemas; returns the ops without a CUDA kernel for them or their
+    ``<op>_forward``."""
     code = (
         "import sys, torch, lipfast; torch.ops.load_library(sys.argv[1])\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "print(*(op for op in sys.argv[2:] if not has(f'lipfast::{op}', 'CUDA')))"
+        "served = lambda op: any(has(f'lipfast::{name}', 'CUDA') for name in (op, f'{op}_forward'))\n"
+        "print(*(op for op in sys.argv[2:] if not served(op)))"
     )
     environment = os.environ | {"LIPFAST_CPU_CAPABILITY": "none", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code, library, *ops], env=environment, stdout=subprocess.PIPE, text=True)

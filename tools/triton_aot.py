@@ -19,13 +19,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lipfast.kernels import conv2d_norm_estimate, interval_conv2d, interval_linear, launch
+from lipfast.kernels import beta_abs, conv2d_norm_estimate, interval_conv2d, interval_linear, launch, spatial_shift
 
 ARCHITECTURES = (80, 90, 100)
 EPILOGUE = "two full accumulators meet two rounded results, once per tile; the loop over the terms keeps to registers"
 FRAGMENTS = "no tensor core: ptxas holds a whole step of W, |W|, m and r; sm_80 and sm_90 have none at this tile"
 ADDRESSES = "a few loop-invariant addresses; ptxas stops at 128 registers for the sake of a fourth block per processor"
-OPTIONAL = ("mask_ptr", "parts_ptr", "sigma_ptr")  # without one of them it is another kernel
+# Without one of them it is another kernel.
+OPTIONAL = ("mask_ptr", "parts_ptr", "sigma_ptr", "bias_ptr", "position_ptr", "signs_ptr", "turned_ptr")
 # (kernel, number, architecture): bytes of stack a thread, and why that is accepted.
 ALLOWED_SPILLS = {
     ("interval_linear_kernel", "half", 90): (32, EPILOGUE),
@@ -38,13 +39,15 @@ ALLOWED_SPILLS = {
 }
 NUMBERS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32, "double": torch.float64}
 TYPES = {
-    torch.bool: "*i1", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.bool: "*i1", torch.uint8: "*u8",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     int: "i32", float: "fp32", type(None): "constexpr",
 }  # fmt: skip
 # Sizes that lead to each tile of the tables: from large to small.
 LINEAR = [(1024, 4096, 4096), (512, 1024, 1024), (256, 512, 512), (64, 64, 64)]  # M, I, O
 CONV2D = [(64, 128, 16, 128), (256, 64, 16, 64), (2, 64, 8, 64)]  # B, C, H = W, O
 NORM = [(128, 32, 32), (128, 64, 16), (1, 64, 16), (1, 3, 5)]  # B, C, H = W: whole samples, chunks of one, a small one
+POINTWISE = [(8, 1024, 16, "channels_last"), (8, 1024, 16, "contiguous_format"), (2, 6, 5, "channels_last")]  # B, C, H = W
 
 
 class Recorder:
@@ -62,7 +65,7 @@ def launches(number: str, architecture: int) -> list:
     found: list = []
     kind = 9 if architecture >= 90 else 8
     patches = [mock.patch.object(launch, "family", return_value=kind)]
-    for module in (launch, conv2d_norm_estimate, interval_linear, interval_conv2d):
+    for module in (launch, beta_abs, conv2d_norm_estimate, interval_linear, interval_conv2d, spatial_shift):
         names = [
             name for name, value in vars(module).items() if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
         ]
@@ -101,6 +104,12 @@ def call_launchers(dtype: torch.dtype) -> None:
         for mask, start in ((x.bool(), x), (None, None)):
             where = ([H, H], [1, 1], [0, 0], [1, 1], C)
             conv2d_norm_estimate.conv2d_norm_estimate(w, mask, mask, start, *where, 1)
+    for B, C, H, layout in POINTWISE:
+        x = new(B, C, H, H).to(memory_format=getattr(torch, layout))
+        spatial_shift.spatial_shift(x, 0.125 if C % 8 == 0 else 1 / 6, True)
+        for bias, position, keep in ((new(C), new(H, H), True), (None, None, False)):
+            _, signs = beta_abs.beta_abs(x, 0.5, bias, position, keep)
+            beta_abs.beta_abs_backward(x, signs, C // 2 if keep else 0, True, keep, keep)
 
 
 def source(kernel, args, options):
@@ -137,7 +146,9 @@ def compile_all(architecture: int, number: str) -> list[str]:
     faults, seen, reached = [], set(), set()
     for kernel, args, options in launches(number, architecture):
         name = kernel.__name__
-        tile = tuple(v for k, v in options.items() if k in ("ROWS", "COLUMNS", "BN", "BM", "BP", "BK", "BLOCK", "PARTS"))
+        tile = tuple(
+            v for k, v in options.items() if k in ("ROWS", "COLUMNS", "BN", "BM", "BP", "BK", "BLOCK", "PARTS", "T", "J")
+        )
         chosen = {k: options[k] for k in ("num_warps", "num_stages")}
         reached.add((*tile, *chosen.values()))
         flags = [k for k in ("OUTWARD", "FLAT", "TRANSPOSE", "UNIT") if options.get(k)]

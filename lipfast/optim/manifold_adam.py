@@ -107,7 +107,7 @@ class ManifoldAdam(Optimizer):
         weight_decay: float = 0.0,
         lookahead: int = 6,
         alpha: float = 0.5,
-        retraction: int = 100,
+        retraction: int = 50,
         process_group: "dist.ProcessGroup | None" = None,
     ):
         self._group = process_group

@@ -48,7 +48,7 @@ class Lipnext(Lipschitz):
     temperature: float = 1.0
     warmup: float = 0.0
     lookahead: int = 6
-    retraction: int = 100
+    retraction: int = 50
     autocast: str = "float32"
     optimizer: str = "nadam"
 
