@@ -1,6 +1,7 @@
 """``python -m bench``: checks every op, then times it on its test's large cases. ``--peers``: whole networks."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from bench import cases, floors, liplt, lipnext, local, manifold, memory, networ
 
 DTYPES = ["float32", "tf32", "bfloat16", "float16", "float64"]
 LARGE = ["liplt", "lipnext"]
+PEERS = ["interval", "local", "liplt", "manifold", "memory"]
 
 
 def main() -> int:
@@ -27,10 +29,8 @@ def main() -> int:
     results: list[dict] = []
     if a.ops or not (a.peers or a.large):
         results += _time_ops(a)
-    if a.peers:
-        results += _time_networks(a)
     _write(a, results)
-    for row in _time_large(a):
+    for row in itertools.chain(_time_networks(a), _time_large(a)):
         results.append(row)
         _write(a, results)  # the next one may not fit, or be stopped
     return 0
@@ -49,20 +49,24 @@ def _time_large(a: argparse.Namespace) -> Iterator[dict]:
         yield from lipnext.large(a.device, a.repeats, a.quick)
 
 
-def _time_networks(a: argparse.Namespace) -> list[dict]:
-    rows = []
-    for name, build in {"small": networks.small}.items() if a.quick else networks.NETWORKS.items():
-        rows += networks.run(name, build, a.device, 2 if a.quick else 64, a.repeats)
-    for name, (net, batch) in {"small": (local.small, 2)}.items() if a.quick else local.NETWORKS.items():
-        rows += local.run(name, net, batch, a.device, min(a.repeats, 5))
-    for name, (make, shape) in {"small": (liplt.small, (3, 32, 32))}.items() if a.quick else liplt.NETWORKS.items():
-        rows += liplt.run(name, make, shape, a.device, min(a.repeats, 9))
-    for name in [] if a.quick else liplt.PROOFS:
-        rows.append(liplt.prove(name, *liplt.NETWORKS[name], a.device, 3))
-    for shape in manifold.TINY if a.quick else manifold.SIZES:
-        rows += manifold.run(shape, a.device, min(a.repeats, 5))
-    used = memory.run("small", 64, a.device) if a.quick else memory.run("6C2F", memory.BATCH, a.device)
-    return rows if used is None else [*rows, used]
+def _time_networks(a: argparse.Namespace) -> Iterator[dict]:
+    if "interval" in a.peers:
+        for name, build in {"small": networks.small}.items() if a.quick else networks.NETWORKS.items():
+            yield from networks.run(name, build, a.device, 2 if a.quick else 64, a.repeats)
+    if "local" in a.peers:
+        for name, (net, batch) in {"small": (local.small, 2)}.items() if a.quick else local.NETWORKS.items():
+            yield from local.run(name, net, batch, a.device, min(a.repeats, 5))
+    if "liplt" in a.peers:
+        for name, (make, shape) in {"small": (liplt.small, (3, 32, 32))}.items() if a.quick else liplt.NETWORKS.items():
+            yield from liplt.run(name, make, shape, a.device, min(a.repeats, 9))
+        for name in [] if a.quick else liplt.PROOFS:
+            yield liplt.prove(name, *liplt.NETWORKS[name], a.device, 3)
+    if "manifold" in a.peers:
+        for shape in manifold.TINY if a.quick else manifold.SIZES:
+            yield from manifold.run(shape, a.device, min(a.repeats, 9))
+    if "memory" in a.peers:
+        used = memory.run("small", 64, a.device) if a.quick else memory.run("6C2F", memory.BATCH, a.device)
+        yield from [] if used is None else [used]
 
 
 def _time_ops(a: argparse.Namespace) -> list[dict]:
@@ -82,7 +86,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--outward", action="store_true", help="the boxes that hold in floating point")
-    parser.add_argument("--peers", action="store_true", help="networks and orthogonal maps beside others' code")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, metavar="NAME", help=f"beside others' code: {', '.join(PEERS)}; or all"
+    )
     parser.add_argument(
         "--large",
         nargs="*",
@@ -101,7 +107,7 @@ def _arguments() -> argparse.Namespace:
         parser.error("--device cuda: torch finds no GPU here")
     if a.device == "cpu" and "tf32" in a.dtype:
         parser.error("--dtype tf32 is an arithmetic of --device cuda")
-    a.large = LARGE if a.large == [] else a.large or []
+    a.peers, a.large = (every if chosen == [] else chosen or [] for every, chosen in ((PEERS, a.peers), (LARGE, a.large)))
     a.repeats = a.repeats or (2 if a.quick else 20)
     return a
 

@@ -11,7 +11,8 @@ whose symmetric part is at least I:
 
     phi(S) E = [2 X - I; -2 B X],        X = (I + A + B^T B)^-1.
 
-``base`` (N, N) is never formed either: for the singular value decomposition U s W^T of the first K rows of Q0 = [Q1; Q2],
+``base`` (N, N) is Q0, where the weight starts, if that is square. Else it is never formed either: for the singular value
+decomposition U s W^T of the first K rows of Q0 = [Q1; Q2],
 
     base = (I - 2 Z Z^T) diag(-P, I),        P = U W^T,        Z = [U sqrt((1 + s)/2); Q2 W / sqrt(2 (1 + s))]
 
