@@ -110,7 +110,7 @@ def _steps(steps: int, lookahead: int, shape: tuple[int, ...], device: str) -> d
         for manifold in (geoopt.CanonicalStiefel(), geoopt.EuclideanStiefel()):
             parameters[manifold.name] = geoopt.ManifoldParameter(start.clone(), manifold=manifold)
             optimisers[manifold.name] = geoopt.optim.RiemannianAdam([parameters[manifold.name]], lr=1e-3)
-    turns = {}
+    turns: dict[str, Callable[..., Any]] = {}
     for who, parameter in parameters.items():
         gradients = itertools.cycle(noise)
         _take(1, optimisers[who], parameter, gradients)

@@ -177,9 +177,7 @@ def _one_epoch(
 
 
 @torch.no_grad()
-def evaluate(
-    recipe: Recipe, model: nn.Module, data: Images, epoch: int, group: Processes, size: int = 512
-) -> dict[str, float]:
+def evaluate(recipe: Recipe, model: nn.Module, data: Images, epoch: int, group: Processes, size: int = 512) -> dict[str, float]:
     """Clean accuracy and the fraction estimated to be certified at ``recipe.eps``, after so many epochs."""
     model.eval()
     memory: Memory = {}
