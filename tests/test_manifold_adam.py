@@ -412,6 +412,7 @@ def test_names_the_wrong_argument(device):
         (group(square), {"lr": math.nan}, "lr must be at least 0 and finite, got nan"),
         (group(square, betas=(0.9, 1.0)), {}, "betas must be two numbers from 0 to below 1"),
         (group(square), {"eps": math.inf}, "eps must be at least 0 and finite"),
+        (group(square), {"eps": 0.0}, "eps must be at least 1e-30 for orthogonal matrices, got 0.0"),
         (group(square), {"weight_decay": -1}, "weight_decay must be at least 0 and finite"),
         (group(square), {"lookahead": -1}, "lookahead must be a number of steps, 0 for none, got -1"),
         (group(square), {"retraction": 2.5}, "retraction must be a number of steps, 0 for none, got 2.5"),
@@ -423,6 +424,16 @@ def test_names_the_wrong_argument(device):
     with pytest.raises(ValueError, match="ManifoldAdam: v must be orthogonal matrices"):
         optimizer.add_param_group({"params": [("v", empty(2, 3))], "orthogonal": True})
     assert len(optimizer.param_groups) == 1
+
+
+def test_entries_without_a_gradient_stay_where_they_are(device):
+    p = matrices(4, 4, device=device)
+    start = p.detach().clone()
+    optimizer = on_manifold(p, lr=0.1, eps=1e-30)
+    for _ in range(3):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert torch.equal(p, start)
 
 
 def test_one_step_is_the_formula(device):

@@ -40,6 +40,7 @@ from lipfast.optim._matrices import (
 )
 from lipfast.optim.fast_exponential import less_identity
 
+_LEAST_EPS = 1e-30  # a skew gradient has a zero diagonal, so the step divides by eps
 _OFF = 0.01  # root mean square of the eigenvalues of X^T X - I from which X is not taken for an orthogonal matrix
 
 
@@ -70,7 +71,7 @@ class ManifoldAdam(Optimizer):
             holds square matrices (d, d) or stacks of them (N, d, d), float32 or float64, orthogonal when the first step is
             taken. A stack is one batched update, and so are parameters of equal d together. :func:`parameter_groups` makes
             the groups of a model.
-        lr, betas, eps: Adam's, for all parameters; each group may have its own.
+        lr, betas, eps: Adam's, for all parameters; each group may have its own. eps of orthogonal ones is at least 1e-30.
         weight_decay: decoupled, of ordinary parameters only.
         lookahead: steps between two moves of the slow weights; 0 for none, which saves two further copies of the matrices.
         alpha: how far along the slow weights move.
@@ -317,6 +318,8 @@ def _check_settings(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         if not 0 <= float(group[name]) < math.inf:
             raise ValueError(f"ManifoldAdam: {name} must be at least 0 and finite, got {group[name]}")
+    if group["orthogonal"] and group["eps"] < _LEAST_EPS:
+        raise ValueError(f"ManifoldAdam: eps must be at least {_LEAST_EPS} for orthogonal matrices, got {group['eps']}")
     if len(group["betas"]) != 2 or not all(0 <= b < 1 for b in group["betas"]):
         raise ValueError(f"ManifoldAdam: betas must be two numbers from 0 to below 1, got {group['betas']}")
     for name in ("lookahead", "retraction"):
