@@ -154,3 +154,15 @@ def test_float32_does_not_lose_to_its_tolerance(device):
     """The halves are multiplied in float64: float32 would leave a thousand times this."""
     A = skew_of_norm(1e3, 256, device, torch.float32)
     assert_near(cayley(A), cayley(A.double()), torch.float32, slack=1e-7 / TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("side", [5, 40, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_definition_has_the_derivative_of_the_op(dtype, side, device):
+    """torch's own, through every step of the inversion."""
+    matrix, seed = (torch.randn(2, side, side, device=device, dtype=dtype) for _ in range(2))
+    grads = []
+    for function in (cayley, module.reference):
+        leaf = matrix.clone().requires_grad_()
+        grads.append(torch.autograd.grad(function(leaf), leaf, seed)[0])
+    assert_near(grads[0], grads[1].double(), dtype, slack=2)

@@ -94,8 +94,7 @@ def _by_halves(matrix: Tensor) -> Tensor:
 def by_halves(double: Tensor, dtype: torch.dtype) -> Tensor:
     """Of ``double = 2 A``, computed in ``dtype``, which is that of the result."""
     Q = _inverse(_plus_identity(double.to(dtype) / 4, 0.5))
-    Q.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return Q
+    return Q - torch.eye(Q.shape[-1], dtype=dtype, device=Q.device)  # not in place: a derivative may need the inverse
 
 
 def _with_pivots(matrix: Tensor) -> Tensor:
