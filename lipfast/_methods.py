@@ -107,7 +107,7 @@ METHODS = {
 def _everywhere(task: Task, method: str, norms: bounds.Norms | None = None) -> Radii:
     """Radii from the constants over all inputs, of a method of :func:`lipfast.bounds.lipschitz`."""
     bound = task.kind == "bound"
-    if norms is None and bound and method == "product" and task.p == 2:
+    if norms is None and bound and task.p == 2:  # for the constants and for the margins
         norms = bounds.norms(task.model, task.input_shape)
     asked = task.input_shape, task.p, method, task.kind, norms
     explicit = _EXPLICIT if method == "liplt" and math.prod(task.input_shape) <= _SMALL else 0

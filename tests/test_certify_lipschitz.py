@@ -144,7 +144,7 @@ def test_liplt_is_the_margin_over_its_constants_and_never_less_than_product(netw
     model = build()
     x, y = _data(model, 24, shape)
     product, liplt = (_certify(model, (x, y), method, p=p, kind=kind) for method in ("product", "liplt"))
-    assert (liplt.radius >= product.radius * (1 - 1e-6)).all()
+    assert (liplt.radius >= product.radius * (1 - 1e-6 * (kind == "estimate"))).all()
     assert (liplt.method, liplt.kind, liplt.p) == ("liplt", kind, p)
     if network != "max min":  # where loop transformation may not pay
         assert (liplt.radius > product.radius).any()
@@ -205,7 +205,7 @@ def test_what_all_images_share_is_computed_once(monkeypatch, method):
         count = lambda *a, name=name, real=real, **o: calls.append(name) or real(*a, **o)
         monkeypatch.setattr(_module().bounds, name, count)
     _certify(model, _data(model), method, batch_size=5)
-    assert calls == (["norms"] if method in ("local", "product") else []) + ["lipschitz"]
+    assert calls == ["norms", "lipschitz"]
 
 
 def test_what_the_product_proves_asks_for_no_local_bound(monkeypatch):

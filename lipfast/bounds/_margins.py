@@ -199,5 +199,5 @@ def _spectral(model: nn.Module, network: Network, gain: dict[int, float], known:
         assert isinstance(plain, (Linear, Conv))
         alone = operator.first == operator.last
         sigma = known.sigma[operator.name] if alone else replace(operator, layer=plain, error=0.0).bound()
-        better[at] = min(gain[at], float(sigma.max()))
+        better[at] = min(gain[at], float(sigma.detach().max()))
     return better
