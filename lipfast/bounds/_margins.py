@@ -42,6 +42,7 @@ class Margins:
         dtype: of the computation. In float32 its errors are large enough to be seen.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         model: nn.Module,
@@ -56,6 +57,7 @@ class Margins:
         if norms is not None or _growth(network, self._gain) > _ENOUGH:
             self._gain = _spectral(model, network, self._gain, norms)
 
+    @torch.no_grad()
     def __call__(self, x: Tensor, label: Tensor) -> Tensor:  # (B, ...), (B,) -> (B, K) float64
         """0 where j is the label, NaN or -Inf where numbers overflow. x: of no more digits than ``dtype``."""
         network = read(self._model, self._shape)
@@ -167,7 +169,7 @@ def _norm(t: Tensor) -> Tensor:  # (B, ...) -> (B,), float64; not below the l_2 
 def _schur(layer: Linear | Conv) -> float:
     """sqrt(||W||_1 ||W||_inf), of a convolution over all images: not below the norm of |W|."""
     groups = layer.groups if isinstance(layer, Conv) else 1
-    size = layer.weight.detach().double().abs()[..., None].unflatten(0, (groups, -1)).flatten(3)  # (G, O, C, taps)
+    size = layer.weight.double().abs()[..., None].unflatten(0, (groups, -1)).flatten(3)  # (G, O, C, taps)
     rows, columns = size.sum((2, 3)).amax(), size.sum((1, 3)).amax()
     return (rows * columns).sqrt().item() * (1 + 2.0**-20)
 
@@ -199,5 +201,5 @@ def _spectral(model: nn.Module, network: Network, gain: dict[int, float], known:
         assert isinstance(plain, (Linear, Conv))
         alone = operator.first == operator.last
         sigma = known.sigma[operator.name] if alone else replace(operator, layer=plain, error=0.0).bound()
-        better[at] = min(gain[at], float(sigma.detach().max()))
+        better[at] = min(gain[at], float(sigma.max()))
     return better
