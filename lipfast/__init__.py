@@ -14,6 +14,7 @@ from lipfast.ops.clipped_relu import clipped_relu
 from lipfast.ops.conv2d_norm_bound import conv2d_norm_bound
 from lipfast.ops.conv2d_norm_confidence import conv2d_norm_confidence
 from lipfast.ops.conv2d_norm_estimate import conv2d_norm_estimate
+from lipfast.ops.grafted_relu import grafted_relu
 from lipfast.ops.interval_conv2d import interval_conv2d
 from lipfast.ops.interval_linear import interval_linear
 from lipfast.ops.l2_pool import l2_pool
@@ -43,6 +44,7 @@ __all__ = [
     "conv2d_norm_bound",
     "conv2d_norm_confidence",
     "conv2d_norm_estimate",
+    "grafted_relu",
     "interval_conv2d",
     "interval_linear",
     "l2_pool",

@@ -5,7 +5,8 @@
 - "relu";
 - "max_min": :class:`lipfast.nn.MaxMin`;
 - "clipped_relu": :class:`lipfast.nn.ClippedReLU` with one learnable threshold per unit;
-- "clipped_max_min": :class:`lipfast.nn.ClippedMaxMin` with two learnable thresholds per pair of units.
+- "clipped_max_min": :class:`lipfast.nn.ClippedMaxMin` with two learnable thresholds per pair of units;
+- "grafted_relu": :class:`lipfast.nn.GraftedReLU`, a ReLU until units are grafted.
 
 Thresholds start at 1 (and -1) unless a network says otherwise; where it does, as in Local-Lip's code.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lipfast.nn import (
     ClippedMaxMin,
     ClippedReLU,
+    GraftedReLU,
     L2Pool,
     LipNeXtBlocks,
     LiResConv2d,
@@ -41,6 +43,7 @@ _ACTIVATIONS: dict[str, Callable[[Sequence[int], Thresholds], nn.Module]] = {
     "max_min": lambda shape, start: MaxMin(),
     "clipped_relu": lambda shape, start: ClippedReLU(start[1], shape, learnable=True),
     "clipped_max_min": lambda shape, start: ClippedMaxMin(start[1], start[0], shape, learnable=True),
+    "grafted_relu": lambda shape, start: GraftedReLU(shape),
 }
 _UNIT: Thresholds = (-1.0, 1.0)
 _ONE = repeat(_UNIT)  # an endless iterator that is always the same
@@ -124,14 +127,14 @@ def mlp(sizes: Sequence[int] = (784, 200, 200, 200, 200, 200, 200, 200, 10), act
     return nn.Sequential(nn.Flatten(), *_linear(sizes, activation, _ONE, False))
 
 
-def resnet2b(shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Sequential:
+def resnet2b(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
     """ResNet-2B of VNN-COMP 2021: a strided convolution, two residual blocks, two linear layers."""
-    return _resnet(shape, 8, [(16, 2), (16, 1)], classes)
+    return _resnet(shape, 8, [(16, 2), (16, 1)], classes, activation)
 
 
-def resnet4b(shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Sequential:
+def resnet4b(shape: Shape = (3, 32, 32), classes: int = 10, activation: str = "relu") -> nn.Sequential:
     """ResNet-4B: a strided convolution, four residual blocks, two linear layers; no batch normalisation."""
-    return _resnet(shape, 16, [(32, 2), (32, 1), (32, 2), (32, 1)], classes)
+    return _resnet(shape, 16, [(32, 2), (32, 1), (32, 2), (32, 1)], classes, activation)
 
 
 def liresnet(
@@ -207,27 +210,30 @@ def build(name: str, **arguments) -> nn.Sequential:
 class ResidualBlock(nn.Module):
     """``relu(conv2(relu(conv1(x))) + shortcut(x))``; the shortcut is a 1 x 1 convolution where the shape changes."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int):
+    def __init__(self, c_in: int, c_out: int, stride: int, size: tuple[int, int], activation: str = "relu"):
         super().__init__()
+        shape = (c_out, *size)  # of its output
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1)
-        self.relu1 = nn.ReLU()
+        self.relu1 = _activation(activation, shape, _UNIT)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1)
         same = stride == 1 and c_in == c_out
         self.shortcut = nn.Identity() if same else nn.Conv2d(c_in, c_out, 1, stride)
-        self.relu2 = nn.ReLU()
+        self.relu2 = _activation(activation, shape, _UNIT)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
 
 
-def _resnet(shape: Shape, stem: int, blocks: Sequence[tuple[int, int]], classes: int) -> nn.Sequential:
+def _resnet(shape: Shape, stem: int, blocks: Sequence[tuple[int, int]], classes: int, activation: str) -> nn.Sequential:
     C, H, W = shape
-    layers: list[nn.Module] = [nn.Conv2d(C, stem, 3, 2, 1), nn.ReLU()]
+    first = nn.Conv2d(C, stem, 3, 2, 1)
     C, H, W = stem, _halved(H), _halved(W)
+    layers: list[nn.Module] = [first, _activation(activation, (C, H, W), _UNIT)]
     for width, stride in blocks:
-        layers.append(ResidualBlock(C, width, stride))
-        C, H, W = (width, H, W) if stride == 1 else (width, _halved(H), _halved(W))
-    return nn.Sequential(*layers, nn.Flatten(), *_linear([C * H * W, 100, classes], "relu", _ONE, False))
+        H, W = (H, W) if stride == 1 else (_halved(H), _halved(W))
+        layers.append(ResidualBlock(C, width, stride, (H, W), activation))
+        C = width
+    return nn.Sequential(*layers, nn.Flatten(), *_linear([C * H * W, 100, classes], activation, _ONE, False))
 
 
 def _halved(pixels: int) -> int:

@@ -34,6 +34,14 @@ def check_shape(op: str, name: str, t: Tensor, expected: Sequence[int | str | No
         raise ValueError(f"{op}: {name} must be ({text}), got {tuple(t.shape)}")
 
 
+def check_broadcasts(op: str, x: Tensor, **tensors: Tensor) -> None:
+    """Each tensor broadcasts to the shape of ``x``."""
+    for name, t in tensors.items():
+        sizes = zip(t.shape[::-1], x.shape[::-1], strict=False)
+        if t.ndim > x.ndim or any(own not in (1, size) for own, size in sizes):
+            raise ValueError(f"{op}: {name} must broadcast to x {tuple(x.shape)}, got {tuple(t.shape)}")
+
+
 def check_mask(op: str, name: str, mask: Tensor | None, like: Tensor, expected: Sequence[int | str | None]) -> None:
     """A bool tensor of the expected shape on ``like``'s device; None is no mask."""
     if mask is None:

@@ -10,7 +10,7 @@ derivative is :mod:`lipfast.ops._clip`'s, and ``reference`` the definition.
 import torch
 from torch import Tensor
 
-from lipfast.ops._arguments import check_alike
+from lipfast.ops._arguments import check_alike, check_broadcasts
 from lipfast.ops._clip import clip
 
 
@@ -34,9 +34,7 @@ def clipped_relu(
     tensor([0.0000, 0.5000, 2.0000])
     """
     check_alike("clipped_relu", x=x, threshold=threshold)
-    sizes = zip(threshold.shape[::-1], x.shape[::-1], strict=False)
-    if threshold.ndim > x.ndim or any(t not in (1, n) for t, n in sizes):
-        raise ValueError(f"clipped_relu: threshold must broadcast to x {tuple(x.shape)}, got {tuple(threshold.shape)}")
+    check_broadcasts("clipped_relu", x, threshold=threshold)
     return _clipped(x, threshold)
 
 
