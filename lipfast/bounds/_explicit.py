@@ -20,7 +20,7 @@ from torch import Tensor
 from lipfast import rounding
 from lipfast.bounds._gains import UP, fixed_gain
 from lipfast.bounds._maps import linear, transposed
-from lipfast.bounds.layers import AveragePool, Conv, Elementwise, L2Pool, Linear, MaxMin, MaxPool, Scale, Sum, widened
+from lipfast.bounds.layers import AveragePool, Conv, Elementwise, Grafted, L2Pool, Linear, MaxMin, MaxPool, Scale, Sum, widened
 from lipfast.bounds.network import Network
 from lipfast.ops.pairwise_distance import pairwise_distance
 from lipfast.ops.spectral_norm_bound import gram_norm
@@ -88,12 +88,12 @@ class _Images:
         if isinstance(layer, MaxMin):
             return _mean_of_pairs(v)
         keep = _halves(layer)[0] if isinstance(layer, Elementwise) else 0.0
-        return v * keep if keep else None
+        return v * keep if isinstance(keep, Tensor) or keep else None
 
     def gains(self, source: int) -> dict[int, tuple[Tensor, Tensor]]:
         """g and e of the map from a source to every node that it reaches."""
         layer, zero = self.layers[source], torch.zeros_like(self.one)
-        first = self.one * (_halves(layer)[1] if isinstance(layer, Elementwise) else 1.0)
+        first = self.one * (_largest(_halves(layer)[1]) if isinstance(layer, Elementwise) else 1.0)
         found = {source: (first, 4 * _U * first if isinstance(layer, (Elementwise, MaxMin)) else zero)}
         for p, node in enumerate(self.network.nodes[source + 1 :], source + 1):
             inputs = [found[i] for i in node.inputs if i in found]
@@ -104,7 +104,7 @@ class _Images:
                 g, e = (torch.stack([v[i] for v in inputs]).sum() for i in (0, 1))
                 found[p] = g * UP, (e + _U * g) * UP
             elif isinstance(layer, _NONLINEAR):
-                size = abs(_halves(layer)[0]) if isinstance(layer, Elementwise) else float(isinstance(layer, MaxMin))
+                size = _largest(_halves(layer)[0]) if isinstance(layer, Elementwise) else float(isinstance(layer, MaxMin))
                 if size:
                     found[p] = g * size * UP, (e + 4 * _U * (g + e)) * size * UP
             else:
@@ -205,11 +205,20 @@ class _Images:
         return found
 
 
-def _halves(layer: Elementwise) -> tuple[float, float]:
-    """c and r, r rounded up."""
+def _halves(layer: Elementwise) -> tuple[float | Tensor, float | Tensor]:
+    """c and r, r rounded up; of each unit, (1, ...), where units differ."""
+    if isinstance(layer, Grafted):
+        least, greatest = (t.double() for t in layer.unit_slopes)
+        middle = (least + greatest) / 2
+        turn = torch.nextafter(torch.maximum(greatest - middle, middle - least), middle.new_tensor(math.inf))
+        return middle, torch.where(greatest == least, 0.0, turn)
     low, high = layer.slopes
     keep = (low + high) / 2
     return keep, math.nextafter(max(high - keep, keep - low), math.inf) if keep else max(high, -low)
+
+
+def _largest(value: float | Tensor) -> float:
+    return value.abs().amax().item() if isinstance(value, Tensor) else abs(value)
 
 
 def _mean_of_pairs(v: Tensor) -> Tensor:  # (N, C, ...)

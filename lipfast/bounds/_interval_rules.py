@@ -16,6 +16,7 @@ from lipfast.bounds.layers import (
     AveragePool,
     Conv,
     Elementwise,
+    Grafted,
     L2Pool,
     Layer,
     Linear,
@@ -165,6 +166,17 @@ def _(layer: PartialAbs, box: Box, *, kind: str) -> Box:
     n = folded(layer.beta, box[0].shape[1])
     lower, upper = image(ABSOLUTE, (box[0][:, :n], box[1][:, :n]), kind=kind)
     return torch.cat([lower, box[0][:, n:]], 1), torch.cat([upper, box[1][:, n:]], 1)
+
+
+@image.register
+def _(layer: Grafted, box: Box, *, kind: str) -> Box:
+    low, high = (layer.function(t) for t in box)
+    low, high = torch.minimum(low, high), torch.maximum(low, high)  # a line may fall
+    if kind == "bound":  # slope and intercept are rounded to the dtype, then a product, a sum and the slack: 4 eps covers all
+        size = torch.maximum(box[0].abs(), box[1].abs()) * layer.slope.abs().to(low) + layer.intercept.abs().to(low)
+        slack = 4 * torch.finfo(low.dtype).eps * size + torch.finfo(low.dtype).tiny
+        low, high = torch.where(layer.mask, low - slack, low), torch.where(layer.mask, high + slack, high)
+    return low, high
 
 
 @image.register

@@ -37,6 +37,7 @@ from lipfast.bounds.layers import (
     AveragePool,
     Conv,
     Elementwise,
+    Grafted,
     Input,
     L2Pool,
     Layer,
@@ -185,7 +186,7 @@ class _Loop:
             moved = weight @ _channels(far).reshape(layer.groups, -1, 1)
             return moved.reshape(-1, *[1] * (len(node.shape) - 1))
         if isinstance(layer, Elementwise):
-            return far * max(map(abs, layer.slopes))
+            return far * _steepest(layer, grid)
         if isinstance(layer, MaxMin):
             return torch.maximum(*far.chunk(2)).repeat(2, *[1] * (far.ndim - 1))
         if grid and position not in self.plan.unknown and isinstance(layer, (AveragePool, Pad, Rearrange)):
@@ -209,7 +210,9 @@ class _Loop:
         if isinstance(layer, Input):
             return reach
         before, moved = [self.total[i] for i in node.inputs], self.reach[node.inputs[0]]
-        if isinstance(layer, Elementwise):
+        if isinstance(layer, Grafted):  # |c| and r are at most the greatest slope, those of a unit and those of the grid
+            passed = (before[0] + moved) * _steepest(layer, self.plan.grid[position]) * (1 + 2.0**-48)
+        elif isinstance(layer, Elementwise):
             (keep, turn), (masked_keep, masked_turn) = _slopes(layer, False), _slopes(layer, True)
             passed = before[0] * max(abs(keep), abs(masked_keep)) + max(turn, masked_turn) * moved
         elif isinstance(layer, MaxMin):
@@ -270,10 +273,15 @@ class _Loop:
             moved = self.reach[node.inputs[0]] if node.inputs else self.like
             masked = on_grid and position in self.plan.masked
             if isinstance(layer, Elementwise):
-                keep, turn = _slopes(layer, masked)
-                if turn:
-                    yield rows.values * turn, moved
-                before = [rows.times(keep)] if keep else []
+                if isinstance(layer, Grafted) and not on_grid:
+                    unit_keep, unit_turn = _unit_slopes(layer)
+                    yield rows.values * unit_turn, moved
+                    before = [rows.times(unit_keep)]
+                else:
+                    keep, turn = _slopes(layer, masked)
+                    if turn:
+                        yield rows.values * turn, moved
+                    before = [rows.times(keep)] if keep else []
             elif isinstance(layer, MaxMin):
                 mean, moved = _mean_of_pairs(rows.values, 1), _mean_of_pairs(moved, 0)
                 yield rows.values - mean, moved
@@ -306,6 +314,20 @@ class _Loop:
             slip = 2.0**-50 * F.linear(before, last.weight.abs())
             near = near + (slip[:, None] + slip)
         return torch.minimum(found, near)
+
+
+def _steepest(layer: Elementwise, grid: bool) -> float | Tensor:
+    """The greatest absolute slope; of each unit, (...), where they differ and are not those of a whole grid."""
+    if isinstance(layer, Grafted) and not grid:
+        return torch.maximum(*(t[0].abs() for t in layer.unit_slopes))
+    return max(map(abs, layer.slopes))
+
+
+def _unit_slopes(layer: Grafted) -> tuple[Tensor, Tensor]:  # (1, ...) twice
+    """c and r of each unit."""
+    least, greatest = (t.double() for t in layer.unit_slopes)
+    turn = (greatest - least) / 2
+    return (least + greatest) / 2, torch.where(turn > 0, turn + 2.0**-50 * (least.abs() + greatest.abs()), 0.0)
 
 
 def _slopes(layer: Elementwise, masked: bool) -> tuple[float, float]:

@@ -86,6 +86,8 @@ def split(layer: Layer, place: Place) -> Split:
         low, high = min(low, 0.0), max(high, 0.0)
     keep = (low + high) / 2
     turn = max(high - keep, keep - low)
+    if not math.isfinite(turn):  # a learned slope may be lost: no bound, then
+        return Split(math.nan, math.nan)
     while Fraction(keep) + Fraction(turn) < Fraction(high) or Fraction(keep) - Fraction(turn) > Fraction(low):
         turn = math.nextafter(turn, math.inf)
     return Split(keep, turn)

@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 import lipfast.nn
 from lipfast.bounds.layers import (
     ABSOLUTE,
+    RELU,
     AveragePool,
     Conv,
     Elementwise,
+    Grafted,
     L2Pool,
     Layer,
     Linear,
@@ -31,6 +33,7 @@ from lipfast.bounds.layers import (
 from lipfast.ops._clip import clip
 from lipfast.ops.beta_abs import beta_abs
 from lipfast.ops.clipped_relu import clipped_relu
+from lipfast.ops.grafted_relu import grafted_relu
 from lipfast.ops.l2_pool import l2_pool_over
 from lipfast.ops.max_min import max_min
 from lipfast.ops.spatial_shift import reference as shifted
@@ -224,6 +227,11 @@ def _(module: lipfast.nn.ClippedReLU, name: str) -> list[Layer]:
     return [_clipped(module.threshold)]
 
 
+@of_module.register
+def _(module: lipfast.nn.GraftedReLU, name: str) -> list[Layer]:
+    return [Grafted(module.mask[None], module.slope[None], module.intercept[None])]
+
+
 def _beta_abs(beta: float = 0.5) -> Layer:
     return PartialAbs("beta_abs", partial(beta_abs, beta=beta), ABSOLUTE.slopes, beta=beta)
 
@@ -242,6 +250,15 @@ def _clipped(threshold) -> Layer:
     return Elementwise("clipped_relu", function, (0.0, 1.0), kinks=(0.0, threshold), pieces=(0.0, 1.0, 0.0))
 
 
+def _grafted(name: str, shape: tuple[int, ...], mask, slope, intercept) -> Layer:
+    values = [mask, slope, intercept]
+    if not all(isinstance(value, Tensor) and not isinstance(value, FakeTensor) for value in values):
+        raise Unsupported(name, "grafted_relu with a mask, slope or intercept that is computed inside forward")
+    if any(value.ndim > len(shape) for value in values):
+        raise Unsupported(name, "grafted_relu with a mask, slope or intercept for each sample")
+    return Grafted(*(value.expand(1, *shape) for value in values))
+
+
 def _leaky(slope: float) -> Layer:
     function, slopes = partial(F.leaky_relu, negative_slope=slope), (min(slope, 1.0), max(slope, 1.0))
     least = (0.0, 0.0, 0.0) if slope < 0 else None
@@ -257,7 +274,7 @@ _SMOOTH = 16.0  # spacings: more than any of torch's implementations errs, again
 # GELU and SiLU: extrema of the derivative; the minimum of GELU lies near -0.752, that of SiLU near -1.2785. All rounded
 # outward.
 _ELEMENTWISE: dict[type, Callable[..., Layer]] = {
-    nn.ReLU: lambda m: Elementwise("relu", F.relu, (0.0, 1.0), kinks=(0.0,), pieces=(0.0, 1.0)),
+    nn.ReLU: lambda m: RELU,
     nn.ReLU6: lambda m: Elementwise("relu6", F.relu6, (0.0, 1.0), kinks=(0.0, 6.0), pieces=(0.0, 1.0, 0.0)),
     nn.Hardtanh: lambda m: Elementwise(
         "hardtanh",
@@ -317,6 +334,8 @@ def of_function(function, name: str, args: tuple, kwargs: dict, shape: tuple[int
         return [Scale(factor=torch.tensor(-1.0))]
     if function is clipped_relu:
         return [_clipped(*args, **kwargs)]
+    if function is grafted_relu:
+        return [_grafted(name, shape, *args, **kwargs)]
     if function is max_min:
         return [MaxMin()]
     if function is beta_abs:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipfast.ops.beta_abs import folded
+from lipfast.ops.grafted_relu import grafted_relu
 
 
 class Layer:
@@ -169,6 +170,7 @@ class Elementwise(Layer):
         return torch.where(known, low, least), torch.where(known, high, greatest)
 
 
+RELU = Elementwise("relu", torch.relu, (0.0, 1.0), kinks=(0.0,), pieces=(0.0, 1.0))
 ABSOLUTE = Elementwise("abs", torch.abs, (-1.0, 1.0), (0.0, 0.0, 0.0), kinks=(0.0,), pieces=(-1.0, 1.0))
 
 
@@ -183,6 +185,49 @@ class PartialAbs(Elementwise):
         least, greatest = ABSOLUTE.slopes_on(lower[:, :n], upper[:, :n])
         same = torch.ones_like(lower[:, n:])
         return torch.cat([least, same], 1), torch.cat([greatest, same], 1)
+
+
+class Grafted(Elementwise):
+    """ReLU in some units, in the others a straight line, ``slope x + intercept``.
+
+    ``mask``, ``slope`` and ``intercept`` have the shape (1, ...) of a batch of one sample. What holds for all units together is
+    computed when it is asked for: that waits for the device.
+    """
+
+    mask: Tensor
+    slope: Tensor
+    intercept: Tensor
+
+    def __init__(self, mask: Tensor, slope: Tensor, intercept: Tensor):
+        values = {"name": "grafted_relu", "mask": mask, "slope": slope, "intercept": intercept}
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    def function(self, x: Tensor) -> Tensor:
+        return grafted_relu(x, self.mask, self.slope.to(x.dtype), self.intercept.to(x.dtype))
+
+    @property
+    def unit_slopes(self) -> tuple[Tensor, Tensor]:  # (1, ...) twice
+        """Least and greatest slope of each unit, anywhere."""
+        return torch.where(self.mask, self.slope, 0.0), torch.where(self.mask, self.slope, 1.0)
+
+    @property
+    def slopes(self) -> tuple[float, float]:  # type: ignore[override]
+        least, greatest = (t.detach() for t in self.unit_slopes)
+        return (least.amin().item(), greatest.amax().item()) if least.numel() else (0.0, 0.0)
+
+    @property
+    def error(self) -> float:  # type: ignore[override]
+        """A product and a sum: each rounds by half a spacing of |f(x)| + |intercept| at most."""
+        offset = torch.where(self.mask, self.intercept, 0.0).detach().abs()
+        return 2.0 * max(1.0, offset.amax().item()) if self.mask.any() else 0.0
+
+    def constant_on(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return torch.where(self.mask, self.slope == 0, upper <= 0)
+
+    def slopes_on(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = RELU.slopes_on(lower, upper)
+        return tuple(torch.where(self.mask, self.slope.to(t.dtype), t) for t in (low, high))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lipfast.bounds._gains import fixed_gain
 from lipfast.bounds._liplt import pairwise_estimate
 from lipfast.bounds._maps import Nonlinearity, factor_of
 from lipfast.bounds._product import gain, product
-from lipfast.bounds.layers import Conv, Elementwise, L2Pool, Linear, MaxMin, MaxPool
+from lipfast.bounds.layers import Conv, Elementwise, Grafted, L2Pool, Linear, MaxMin, MaxPool
 from lipfast.bounds.network import Network, read
 from lipfast.bounds.norms import Norms, operators
 from lipfast.bounds.norms import norms as norms_of
@@ -93,7 +93,7 @@ def _nonlinearities(network: Network) -> list[Nonlinearity]:
     found = []
     for position, node in enumerate(network.nodes):
         if isinstance(node.layer, Elementwise):
-            least, greatest = node.layer.slopes
+            least, greatest = node.layer.unit_slopes if isinstance(node.layer, Grafted) else node.layer.slopes
             found.append(Nonlinearity(position, (least + greatest) / 2, (greatest - least) / 2, None))
         elif isinstance(node.layer, (MaxMin, MaxPool, L2Pool)):
             fixed_gain(node.layer, node.name, network.nodes[node.inputs[0]].shape)  # 1, or an error
