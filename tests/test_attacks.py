@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lipfast.attacks import pgd
+from lipfast.attacks import fgsm, pgd
 from lipfast.models import cnn_small
 
 NORMS = [2, math.inf]
@@ -102,14 +102,19 @@ def test_eps_0_returns_the_input(p, device):
     assert moved.tolist() == [False, True] * 3
 
 
-def test_leaves_the_model_and_the_input_alone(device):
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_leaves_the_model_and_the_input_alone(attack, device):
     model, x, label = problem(device)
     before, state = x.clone(), {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        adversarial = pgd(model, x, label, 0.1)
-    assert not adversarial.requires_grad
+    for options in ({}, {"start": "zero"}) if attack is fgsm else ({},):
+        with torch.no_grad():
+            adversarial = attack(model, x, label, 0.1, **options)
+        assert torch.equal(attack(model, x, label, 0.1, **options) != x, adversarial != x)
+        assert not adversarial.requires_grad
+        assert not attack(model, x.clone().requires_grad_(), label, 0.1, **options).requires_grad
     assert not model.training
     assert torch.equal(x, before)
+    assert not x.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
@@ -124,21 +129,35 @@ def test_a_point_with_nan_logits_counts_as_the_worst(device):
     assert Hole()(pgd(Hole(), x, label, 0.3)).isnan().any()
 
 
+@pytest.mark.parametrize("attack", [fgsm, pgd])
 @pytest.mark.parametrize(
     ("change", "word"),
     [
         ({"p": 1}, "p must be"),
         ({"eps": -0.1}, "eps must"),
+        ({"eps": torch.tensor([0.1] * 5 + [-0.1])}, "eps must"),
         ({"eps": math.nan}, "eps must"),
         ({"eps": torch.ones(5)}, "eps must"),
-        ({"x": torch.full((6, 1, 8, 8), 1.5)}, "x must lie in"),
-        ({"x": torch.full((6, 1, 8, 8), math.nan)}, "x must lie in"),
         ({"x": torch.rand(6, 1, 8, 8).half()}, "x must be a float32"),
-        ({"steps": -1}, "steps must"),
-        ({"restarts": 0}, "steps must"),
     ],
 )
-def test_names_the_wrong_argument(change, word):
+def test_names_the_wrong_argument(change, word, attack):
     model, x, label = problem("cpu")
-    with pytest.raises(ValueError, match=f"pgd: {word}"):
-        pgd(**{"model": model, "x": x, "label": label, "eps": 0.1, **change})
+    with pytest.raises(ValueError, match=f"{attack.__name__}: {word}"):
+        attack(**{"model": model, "x": x, "label": label, "eps": 0.1, **change})
+
+
+@pytest.mark.parametrize(
+    ("attack", "change", "word"),
+    [
+        (pgd, {"x": torch.full((6, 1, 8, 8), 1.5)}, "x must lie in"),
+        (pgd, {"x": torch.full((6, 1, 8, 8), math.nan)}, "x must lie in"),
+        (pgd, {"steps": -1}, "steps must"),
+        (pgd, {"restarts": 0}, "steps must"),
+        (fgsm, {"start": "ones"}, "start must be random or zero, got 'ones'"),
+        (fgsm, {"step_size": -0.1}, "step_size must not be negative"),
+        (fgsm, {"step_size": torch.ones(5)}, "step_size must be one number or one per sample"),
+    ],
+)
+def test_names_the_wrong_argument_of_its_own(attack, change, word):
+    test_names_the_wrong_argument(change, word, attack)
