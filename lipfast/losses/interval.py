@@ -60,7 +60,7 @@ def tightness(layers: Iterable[Box], start: Box, tolerance: float = 0.5) -> Tens
         layers: boxes before each activation, as in ``Boxes.layers.values()``.
         start: the box of the input.
     """
-    first, *widths = _means(start[1] - start[0], *(upper - lower for lower, upper in layers))
+    first, *widths = batch_means(start[1] - start[0], *(upper - lower for lower, upper in layers))
     penalties = [F.relu(tolerance - first / width.clamp_min(_LEAST)) for width in widths]
     return _average(penalties, first) / tolerance
 
@@ -81,9 +81,9 @@ def relu_balance(layers: Iterable[Box], tolerance: float = 0.5) -> Tensor:  # ()
     for lower, upper in layers:
         center = like = (lower + upper) / 2
         active, inactive = lower > 0, upper < 0
-        mean, on, off = _means(center, center * active, -center * inactive)
+        mean, on, off = batch_means(center, center * active, -center * inactive)
         square = (center - mean) ** 2
-        spread_on, spread_off = _means(square * active, square * inactive)
+        spread_on, spread_off = batch_means(square * active, square * inactive)
         penalties.append(F.relu(tolerance - _ratio(on, off)) + F.relu(tolerance - _ratio(spread_on, spread_off)))
     return _average(penalties, like) / tolerance
 
@@ -96,7 +96,7 @@ def _average(penalties: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(penalties).mean() if penalties else like.new_zeros(())
 
 
-def _means(*values: Tensor) -> Tensor:
+def batch_means(*values: Tensor) -> Tensor:
     """The mean of each, over all processes too: they hold equally many samples."""
     means = torch.stack([value.mean() for value in values])
     if dist.is_available() and dist.is_initialized():
