@@ -3,19 +3,20 @@ https://arxiv.org/abs/2206.07839; which units: Han and Kim 2025, https://arxiv.o
 
 A line needs no relaxation: a certificate is exact on a grafted unit, where a ReLU that may be on or off costs it an error.
 
-The operator is a composition of torch's own (torch.compile fuses it with its neighbours), so this file needs no fake and no
-derivative, and ``reference`` is the definition. Both kinds of unit are ``gain max(x, floor) + offset``: floor 0, gain 1 and
-offset 0 for a ReLU, and for a line no floor, its slope and its intercept. That is two passes over x, without a branch.
+The operator is a composition of torch's own (torch.compile fuses it with its neighbours), so this file needs no fake, and
+``reference`` is the definition. Both kinds of unit are ``gain max(x, floor) + offset``: floor 0, gain 1 and offset 0 for a
+ReLU, and for a line no floor, its slope and its intercept. That is two passes over x, without a branch; the derivative keeps x
+alone.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lipfast.ops._arguments import check_alike, check_broadcasts
-from lipfast.ops._clip import clip
 
 
 def grafted_relu(
@@ -57,7 +58,33 @@ def reference(x: Tensor, mask: Tensor, slope: Tensor, intercept: Tensor) -> Tens
 def _grafted(x: Tensor, mask: Tensor, slope: Tensor, intercept: Tensor) -> Tensor:
     floor = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(mask, -math.inf)
     gain, offset = torch.where(mask, slope, 1.0), torch.where(mask, intercept, 0.0)
-    return torch.addcmul(offset, clip(x, floor, None), gain)
+    return _Grafted.apply(x, floor, gain, offset)
+
+
+class _Grafted(torch.autograd.Function):
+    """Differentiable any number of times: its backward is made of what torch can differentiate."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, floor: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+        return torch.addcmul(offset, x.clamp(floor), gain)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, floor, gain, offset = ctx.saved_tensors
+        to_x, _, to_gain, to_offset = ctx.needs_input_grad
+        return (
+            # made of vector instructions on a CPU, where torch's masks go one element at a time
+            torch.ops.aten.threshold_backward(grad * gain, x - floor, 0) if to_x else None,
+            None,
+            (grad * x).sum_to_size(gain.shape) if to_gain else None,  # of a line, which has no floor; where() drops the others
+            grad.sum_to_size(offset.shape) if to_offset else None,
+        )
 
 
 torch.library.define("lipfast::grafted_relu", torch.library.infer_schema(reference, mutates_args=()))
