@@ -92,6 +92,21 @@ def test_the_first_layer_sees_the_ball_and_not_its_box(p, kind):
 
 
 @pytest.mark.parametrize("p", [1, 2])
+def test_a_scaled_ball_of_lines_reaches_a_linear_layer(p):
+    """Each line has a scale of its own, so the layer sees the box around the ball."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(5, 4)).eval()
+    model[0].running_var.uniform_(0.1, 4)
+    x, eps = torch.randn(2, 3, 5), 0.3
+    boxes, exact = interval(model, x, eps, p=p), model.double()
+    for entry in range(15):
+        d = torch.zeros(15, dtype=torch.float64)
+        d[entry] = eps
+        y = exact(x.double() + d.reshape(3, 5))
+        assert (boxes.lower.double() <= y).all()
+        assert (y <= boxes.upper.double()).all()
+
+
+@pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "circular", "same", "average", "tanh", "linear"])
 def test_contains_the_image_of_the_ball(name, p):
     module, shape = layers()[name]

@@ -364,7 +364,7 @@ def test_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"model: logits \(B, K\) of two classes or more expected, got \(B, 1"):
         liplt(models.mlp((6, 8, 1)), (6,))
     pool = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(3, 1), nn.Flatten(), nn.Linear(32, 3))
-    with pytest.raises(ValueError, match="layer '1': pooling over overlapping windows"):
+    with pytest.raises(ValueError, match="layer '1': pooling over overlapping or cut windows"):
         liplt(pool, (1, 8, 8))
     with pytest.raises(ValueError, match="layer '1': batch norm has bounds in eval mode"):
         liplt(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)), (6,))

@@ -173,6 +173,21 @@ def test_a_broken_weight_gives_no_number():
     assert not lipschitz(model, (4,), method="product")[0, 1].isfinite()
 
 
+def test_a_pooling_window_that_is_cut_is_scaled_and_not_bounded_in_l2():
+    """torch takes the mean of what is left and multiplies by the size of a whole window: on the corner a slope of 2."""
+    model = nn.Sequential(nn.LPPool2d(2, 2, ceil_mode=True), nn.Flatten()).double()
+    x = torch.rand(1, 1, 3, 3, dtype=torch.float64)
+    moved = x.clone()
+    moved[..., 2, 2] += 0.125
+    slopes = ((model(moved) - model(x)) / 0.125)[0]
+    assert slopes[3].item() == pytest.approx(2)
+    for method in ("product", "liplt"):
+        with pytest.raises(ValueError, match="overlapping or cut windows has no l2 rule"):
+            lipschitz(model, (1, 3, 3), method=method)
+        apart = lipschitz(model, (1, 3, 3), p=math.inf, method=method)
+        assert ((slopes[:, None] - slopes).abs() <= apart).all()
+
+
 def test_names_what_is_wrong():
     model = models.mlp((4, 6, 3))
     other = models.mlp((4, 6, 3, 3, 3))
@@ -191,7 +206,9 @@ def test_names_what_is_wrong():
             lipschitz(model, (4,), **{name: value})
     pooled = nn.Sequential(nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(4, 2))
     for method in ("product", "liplt"):
-        with pytest.raises(ValueError, match="layer '0': pooling over overlapping windows has no l2 rule; make stride equal"):
+        with pytest.raises(
+            ValueError, match="layer '0': pooling over overlapping or cut windows has no l2 rule; make stride equal"
+        ):
             lipschitz(pooled, (1, 5, 5), method=method)
     with torch.no_grad():
         other[3].weight[0, 0] = math.inf

@@ -19,7 +19,8 @@ def fixed_gain(layer: Layer, name: str, shape: Sequence[int]) -> float:
         return 1.0
     if isinstance(layer, (MaxPool, L2Pool)):
         if not layer.disjoint:
-            raise ValueError(f"layer {name!r}: pooling over overlapping windows has no l2 rule; make stride equal kernel_size")
+            remedy = "make stride equal kernel_size, and L2 pooling without ceil_mode"
+            raise ValueError(f"layer {name!r}: pooling over overlapping or cut windows has no l2 rule; {remedy}")
         return 1.0
     assert isinstance(layer, (AveragePool, Pad)), layer
     return _schur(layer.function if isinstance(layer, AveragePool) else layer, shape) * (1 + 2.0**-40)

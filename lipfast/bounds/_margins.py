@@ -114,9 +114,13 @@ class Margins:
 
 
 def _fixed(layer: Layer, node: Node, shape: Sequence[int]) -> float:
-    """:func:`fixed_gain`, and for overlapping windows, each output 1-Lipschitz by itself, the root of their number."""
+    """:func:`fixed_gain`, and for overlapping windows, each output 1-Lipschitz by itself, the root of their number.
+
+    L2 pooling may scale a window that is cut.
+    """
     if isinstance(layer, (MaxPool, L2Pool)) and not layer.disjoint:
-        return math.sqrt(math.prod(node.shape)) * UP
+        scaled = layer.terms if isinstance(layer, L2Pool) else 1
+        return math.sqrt(math.prod(node.shape) * scaled) * UP
     return fixed_gain(layer, node.name, shape)
 
 

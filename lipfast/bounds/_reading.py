@@ -155,7 +155,7 @@ def _(module, name: str) -> list[Layer]:
     pool = F.avg_pool1d if isinstance(module, nn.LPPool1d) else F.avg_pool2d
     terms = _size(module.kernel_size, module)
     square_sum = lambda x: pool(x, module.kernel_size, module.stride, 0, module.ceil_mode) * terms
-    return [L2Pool(square_sum, terms, _disjoint(module))]
+    return [L2Pool(square_sum, terms, _disjoint(module) and not module.ceil_mode)]  # torch scales a window that is cut
 
 
 class _WholeImage(L2Pool):

@@ -263,7 +263,9 @@ def _fresh(name: str, taken: dict) -> str:
 
 def _apply(layer: Layer, inputs: list, kind: str) -> Box | _Ball:
     if len(inputs) == 1 and isinstance(inputs[0], _Ball) and isinstance(layer, (Linear, Conv, Scale, Rearrange)):
-        return _ball_image(layer, inputs[0], kind)
+        lines = isinstance(layer, Linear) and inputs[0].center[0].ndim > 2
+        if not lines or inputs[0].factor is None:  # a factor of its own for each line would make a weight for each
+            return _ball_image(layer, inputs[0], kind)
     return image(layer, *(_as_box(v, kind) for v in inputs), kind=kind)
 
 

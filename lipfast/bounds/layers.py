@@ -112,7 +112,10 @@ class MaxPool(Layer):
 
 @dataclass(frozen=True)
 class L2Pool(Layer):
-    """The l2 norm of each window; ``square_sum`` maps squared entries to the windows' sums of at most ``terms``."""
+    """The l2 norm of each window; ``square_sum`` maps squared entries to the windows' sums of at most ``terms``.
+
+    A window that the border cuts may be scaled by up to the root of ``terms``; then ``disjoint`` is False.
+    """
 
     square_sum: Callable[[Tensor], Tensor]
     terms: int
