@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, floors, liplt, lipnext, local, manifold, memory, networks, ops, record
+from bench import cases, floors, grafting, jacobian, liplt, lipnext, local, manifold, memory, networks, ops, record
 
 DTYPES = ["float32", "tf32", "bfloat16", "float16", "float64"]
-LARGE = ["liplt", "lipnext"]
-PEERS = ["interval", "local", "liplt", "manifold", "memory"]
+LARGE = ["liplt", "lipnext", "grafting"]
+PEERS = ["interval", "local", "liplt", "manifold", "jacobian", "memory"]
 
 
 def main() -> int:
@@ -47,6 +47,9 @@ def _time_large(a: argparse.Namespace) -> Iterator[dict]:
         yield liplt.large(a.device, *(liplt.TINY if a.quick else liplt.LARGE))
     if "lipnext" in a.large:
         yield from lipnext.large(a.device, a.repeats, a.quick)
+    if "grafting" in a.large:
+        scored = grafting.run("cnn_b" if a.quick else "conv_huge", grafting.BATCH, a.device)
+        yield from [] if scored is None else [scored]
 
 
 def _time_networks(a: argparse.Namespace) -> Iterator[dict]:
@@ -64,6 +67,9 @@ def _time_networks(a: argparse.Namespace) -> Iterator[dict]:
     if "manifold" in a.peers:
         for shape in manifold.TINY if a.quick else manifold.SIZES:
             yield from manifold.run(shape, a.device, min(a.repeats, 9))
+    if "jacobian" in a.peers:
+        for name, case in (jacobian.SMALL if a.quick else jacobian.NETWORKS).items():
+            yield from jacobian.run(name, *case, a.device, min(a.repeats, 3))
     if "memory" in a.peers:
         used = memory.run("small", 64, a.device) if a.quick else memory.run("6C2F", memory.BATCH, a.device)
         yield from [] if used is None else [used]
@@ -94,7 +100,7 @@ def _arguments() -> argparse.Namespace:
         nargs="*",
         choices=LARGE,
         metavar="NAME",
-        help="minutes: liplt, of 1000 classes and ResNet-50's size in 24 GiB, or lipnext, training steps; or both",
+        help="minutes: liplt, 1000 classes and ResNet-50's size in 24 GiB; lipnext, training; grafting, scores; or all",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=None, metavar="N")

@@ -157,7 +157,9 @@ def test_a_checkpoint_fits_the_model_built_again():
 def test_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"build: name must be one of cifar_4c3f.*got 'cnn8'"):
         models.build("cnn8")
-    with pytest.raises(ValueError, match="activation must be one of relu, max_min, clipped_relu, clipped_max_min, grafted_relu, got 'tanh'"):
+    with pytest.raises(
+        ValueError, match="activation must be one of relu, max_min, clipped_relu, clipped_max_min, grafted_relu, got 'tanh'"
+    ):
         models.cifar_6c2f(activation="tanh")
     with pytest.raises(ValueError, match="images of 3 x 3 pixels are too small"):
         models.cnn_small((1, 3, 3))
