@@ -160,6 +160,10 @@ def certify(
             ``"local"``, p = 2: what ``"liplt"`` proves; beyond it, products of each layer's norm on the units that vary within
             the ball, and at each ``eps`` that these do not reach local LipLT (:func:`lipfast.bounds.local`), which is tighter
             still. Much slower. ``resolution`` narrows by the product of local norms alone.
+            ``"crown"``, p = inf, 1 or 2: what ``"interval"`` proves, and each ``eps`` beyond it that linear bounds do
+            (:func:`lipfast.bounds.crown_margin`), for networks of ReLU, grafted or leaky. Much tighter, and much slower.
+            ``resolution`` narrows by boxes alone. Estimates, p = inf, are auto_LiRPA's, which must be installed.
+            ``"alpha-crown"``, p = inf, estimates only: the same with slopes that auto_LiRPA improves in 20 steps.
         kind: ``"bound"``, proven, rounding included; ``"estimate"``, no certificate: rounded to nearest, spectral norms by
             100 steps of the power method, which come near from below.
         limit: take only the first so many images.
@@ -218,6 +222,8 @@ def _check(eps, p, method, kind, batch_size, limit, pixel_range, resolution) -> 
         raise ValueError(f"certify: method {method!r} is not available in this version; available: {', '.join(METHODS)}")
     if kind not in KINDS:
         raise ValueError(f"certify: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "bound" and not METHODS[method].proves:
+        raise ValueError(f"certify: kind must be 'estimate' for method {method!r}, which rounds to nearest; 'crown' has bounds")
     norms = METHODS[method].norms
     if p is not None and p not in norms:
         known = " or ".join(f"{n:g}" for n in sorted(norms))

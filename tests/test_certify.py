@@ -263,7 +263,10 @@ def test_an_estimate_says_that_it_is_no_certificate(tmp_path):
         ({"eps": [0.1, math.nan]}, "eps must be positive and finite"),
         ({"eps": []}, "eps must be positive and finite"),
         ({"eps": math.inf}, "eps must be positive and finite"),
-        ({"method": "crown"}, "not available in this version; available: interval, product, liplt, local"),
+        (
+            {"method": "zonotope"},
+            "not available in this version; available: interval, product, liplt, local, crown, alpha-crown",
+        ),
         ({"kind": "guess"}, "kind must be one of bound, estimate"),
         ({"p": 3}, "p must be 1 or 2 or inf for method 'interval', got 3"),
         ({"limit": 0}, "limit must be at least 1, got 0"),

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lipfast import models
-from lipfast.bounds import interval
-from lipfast.bounds.crown import crown_boxes
+from lipfast.bounds import crown, interval
 from lipfast.data import Dataset
 from lipfast.grafting import graft, score
 from lipfast.nn import GraftedReLU
@@ -87,7 +86,7 @@ def test_streaming_gives_the_statistics_of_all_boxes_at_once(batch_size):
 def test_crown_finds_fewer_unstable_units_and_narrower_boxes():
     model, x = models.mlp((20, 30, 30, 3)).double(), torch.rand(5, 20, dtype=torch.float64)
     loose, tight = (score(model, x, 0.1, bounds, progress=False) for bounds in ("interval", "crown"))
-    for name, (lower, upper) in crown_boxes(model, x, 0.1, pixel_range=(0.0, 1.0)).items():
+    for name, (lower, upper) in crown(model, x, 0.1, pixel_range=(0.0, 1.0)).layers.items():
         unstable = (lower < 0) & (upper > 0)
         assert torch.equal(tight.count[name], unstable.sum(0))
         assert torch.equal(tight.interval[name], ((upper - lower) * unstable).amax(0))

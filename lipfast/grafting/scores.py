@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lipfast.bounds import Network, interval, read
-from lipfast.bounds.crown import crown_boxes
+from lipfast.bounds.crown import crown
 from lipfast.bounds.network import _trace
 from lipfast.data import Dataset, Folder, unit
 from lipfast.nn import GraftedReLU
@@ -93,7 +93,7 @@ def score(
             (B,)), or an iterable of batches of images or of such pairs. uint8 images become floats in [0, 1].
         eps: l_inf radius of the balls around the images, in units of the pixels handed over.
         bounds: "interval", boxes through the network, rounded to nearest, for they prove nothing here; "crown",
-            :func:`lipfast.bounds.crown.crown_boxes`, tighter and much slower, which knows fewer kinds of layers.
+            :func:`lipfast.bounds.crown`, tighter and much slower, which knows fewer kinds of layers.
         measure: of the box [l, u] of an unstable unit: "width", u - l; "error", the gap of ReLU's triangle relaxation,
             -u l / (u - l); "upper", u, the width of ReLU's image.
         limit: take only the first so many images; None takes all.
@@ -198,7 +198,7 @@ class _Running:
 def _boxes(model: nn.Module, x: Tensor, eps: float, bounds: str, pixel_range) -> dict[str, tuple[Tensor, Tensor]]:
     """Before each activation, by its name."""
     if bounds == "crown":
-        return crown_boxes(model, x, eps, pixel_range=pixel_range)
+        return crown(model, x, eps, pixel_range=pixel_range).layers
     return interval(model, x, eps, kind="estimate", pixel_range=pixel_range).layers
 
 
