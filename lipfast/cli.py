@@ -1,4 +1,4 @@
-"""The command line: train, certify, report, info.
+"""The command line: train, certify, evaluate, export, report, info.
 
 Exit status 0, or 2 with one line on standard error for whatever the user can mend. matplotlib, scikit-learn and tensorboard
 are imported by what needs them, so that ``--help`` and ``info`` are quick.
@@ -7,6 +7,7 @@ are imported by what needs them, so that ``--help`` and ``info`` are quick.
 import argparse
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shlex
@@ -24,7 +25,7 @@ import lipfast
 from lipfast import recipes
 from lipfast._methods import METHODS
 from lipfast.certify import Certificate, certify
-from lipfast.data import NAMES, load
+from lipfast.data import NAMES, Images, load
 from lipfast.figures import kind_name, norm_name
 from lipfast.report import report
 
@@ -85,15 +86,14 @@ def _certify(arguments: argparse.Namespace) -> None:
     source = Path(arguments.run)
     folder = source if source.is_dir() else source.parent
     stored = checkpoint.read(source)
-    about, shape = stored["metadata"], stored["arguments"].get("shape", [224])
+    about = stored["metadata"]
     model = checkpoint.load(source)
-    root = arguments.root or (None if arguments.data else about["root"])
     import_module("matplotlib.figure")  # asked before the long work, not after
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder}: cannot be written to")
     certificate = certify(
         model,
-        load(arguments.data or about["data"], root, "test", arguments.limit, size=shape[-1]),
+        _test_images(arguments, about, stored["arguments"]),
         arguments.eps or _default_eps(about),
         p=arguments.p,
         method=arguments.method or _default_method(about),
@@ -124,6 +124,60 @@ def _default_method(about: dict[str, Any]) -> str:
     """What the run's recipe trains for; interval where no recipe is known."""
     recipe = recipes.RECIPES.get(about.get("recipe", ""))
     return recipe.certificate if recipe else "interval"
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from lipfast import checkpoint, evaluation
+
+    source = Path(arguments.run)
+    about = checkpoint.read(source)["metadata"]
+    eps, device = _linf_eps(arguments, about), arguments.device or "cpu"
+    found = evaluation.evaluate(
+        checkpoint.load(source, device),
+        _test_images(arguments, about, checkpoint.read(source)["arguments"]).to(device),
+        eps,
+        tuple(arguments.methods or evaluation.METHODS),
+        limit=arguments.limit,
+        steps=arguments.steps,
+        restarts=arguments.restarts,
+        progress=sys.stderr.isatty(),
+    )
+    path = (source if source.is_dir() else source.parent) / evaluation.NAME
+    found.save(path)
+    print(f"{found.data}: the first {found.images} test images, l_inf, eps {found.eps:.4g} in pixel units")
+    print("\n".join(f"{name:<50}{value:>12}" for name, value in found.lines()))
+    print(f"written: {path}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from lipfast import checkpoint, export
+
+    stored, folder = checkpoint.read(arguments.run), Path(arguments.folder)
+    eps, model = _linf_eps(arguments, stored["metadata"]), checkpoint.load(arguments.run)
+    data = _test_images(arguments, stored["metadata"], stored["arguments"])
+    folder.mkdir(parents=True, exist_ok=True)
+    export.onnx(model, data.shape, folder / "model.onnx")
+    x, labels = next(data.in_order(arguments.limit))
+    for i, (image, label) in enumerate(zip(x, labels.tolist(), strict=True)):
+        export.vnnlib(folder / f"image{i}.vnnlib", image, label, data.classes, eps)
+    rows = "".join(f"model.onnx,image{i}.vnnlib,{arguments.timeout}\n" for i in range(len(x)))
+    checkpoint.replace_file(folder / "instances.csv", rows.encode())
+    print(f"written: {folder}: model.onnx, {len(x)} properties at l_inf eps {eps:.4g} in pixel units, instances.csv")
+
+
+def _linf_eps(arguments: argparse.Namespace, about: dict[str, Any]) -> float:
+    """The radius that was named, or the run's if that is one of l_inf."""
+    recipe = recipes.RECIPES.get(about.get("recipe", ""))
+    trained = about.get("settings", {}).get("eps") if recipe and recipe.p == math.inf else None
+    if not (eps := arguments.eps or trained):
+        raise ValueError("argument --eps: the run names no l_inf radius, so name one")
+    return eps
+
+
+def _test_images(arguments: argparse.Namespace, about: dict[str, Any], build: dict[str, Any]) -> Images:
+    root = arguments.root or (None if arguments.data else about.get("root"))
+    shape = build.get("shape", [224])
+    return load(arguments.data or about["data"], root, "test", arguments.limit, size=shape[-1])
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -226,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument("run", metavar="RUN_OR_CHECKPOINT")
     _add_data(certify, default=None)
     certify.add_argument("--eps", type=_number, nargs="+", metavar="EPS", help="radii in pixel units; 8/255 is a number too")
-    certify.add_argument("--p", type=float, help="norm of the ball: 1, 2 or inf (default: inf for interval, else 2)")
+    certify.add_argument("--p", type=float, help="norm of the ball: 1, 2 or inf (default: inf for interval and crown, else 2)")
     certify.add_argument("--method", help=f"{', '.join(METHODS)} (default: what the run was trained for)")
     certify.add_argument("--kind", default="bound", help="bound: proven (default); estimate: not a certificate")
     certify.add_argument("--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="leave out what no image can be")
@@ -239,6 +293,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     certify.add_argument("--batch-size", type=int, default=256, metavar="N")
 
+    evaluate = command("evaluate", _evaluate, "Accuracy of a trained network, attacked and proven, at one l_inf radius.")
+    evaluate.add_argument("run", metavar="RUN_OR_CHECKPOINT")
+    _add_data(evaluate, default=None, limit=1000)
+    evaluate.add_argument("--eps", type=_number, metavar="EPS", help="radius in pixel units (default: the run's)")
+    evaluate.add_argument("--methods", nargs="+", metavar="METHOD", help="of verification: interval, crown (default: both)")
+    evaluate.add_argument("--steps", type=int, default=100, metavar="N", help="of the attack, PGD (default: 100)")
+    evaluate.add_argument("--restarts", type=int, default=1, metavar="N", help="starts of the attack (default: 1)")
+
+    export = command("export", _export, "ONNX file and VNN-LIB properties of a trained network, for other verifiers.")
+    export.add_argument("run", metavar="RUN_OR_CHECKPOINT")
+    export.add_argument("folder", metavar="DIR", help="where the files go")
+    _add_data(export, default=None, limit=100)
+    export.add_argument("--eps", type=_number, metavar="EPS", help="l_inf radius in pixel units (default: the run's)")
+    export.add_argument(
+        "--timeout", type=int, default=300, metavar="SECONDS", help="per image, in instances.csv (default: 300)"
+    )
+
     report = command("report", _report, "Compare run folders in one self-contained HTML file.")
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--out", metavar="FILE", help="(default: report.html in the first run)")
@@ -247,11 +318,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data(parser: argparse.ArgumentParser, default: str | None) -> None:
+def _add_data(parser: argparse.ArgumentParser, default: str | None, limit: int | None = None) -> None:
     told = default or "what the run was trained on"
     parser.add_argument("--data", default=default, help=f"{', '.join(NAMES)} or a folder (default: {told})")
     parser.add_argument("--root", metavar="DIR", help="the folder of the data's files (default: $LIPFAST_DATA)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    parser.add_argument(
+        "--limit", type=int, default=limit, metavar="N", help=f"only the first N images (default: {limit or 'all'})"
+    )
     parser.add_argument("--device", type=_device, metavar="D", help="cpu, cuda, cuda:1, ...")
 
 

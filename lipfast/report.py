@@ -11,10 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lipfast import figures
+from lipfast import evaluation, figures
 from lipfast._version import __version__
 from lipfast.certify import Certificate
 from lipfast.checkpoint import replace_file
+from lipfast.evaluation import Evaluation
 
 _CSS = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #23262b; background: #fff;
@@ -36,12 +37,13 @@ _MISSING = "–"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds: the name it goes by, settings, one row of numbers per epoch, certificates."""
+    """What a run folder holds: the name it goes by, settings, one row of numbers per epoch, certificates, an evaluation."""
 
     name: str
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     certificates: list[Certificate]
+    evaluation: Evaluation | None = None
 
 
 def report(runs: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
@@ -72,7 +74,9 @@ def read_run(folder: str | os.PathLike, name: str) -> Run:
         raise ValueError(f"report: {folder}: config.json or metrics.jsonl is damaged ({error})") from error
     if not isinstance(settings, dict) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"report: {folder}: config.json and the lines of metrics.jsonl must be JSON objects")
-    return Run(name, settings, rows, [Certificate.load(path) for path in sorted(folder.glob("certificate*.npz"))])
+    path = folder / evaluation.NAME
+    certificates = [Certificate.load(path) for path in sorted(folder.glob("certificate*.npz"))]
+    return Run(name, settings, rows, certificates, Evaluation.load(path) if path.is_file() else None)
 
 
 def _names(runs: Sequence[str | os.PathLike]) -> list[str]:
@@ -89,6 +93,7 @@ def _page(runs: list[Run]) -> str:
         f'<p class="quiet">lipfast {escape(__version__)}</p>',
         _summary(runs),
         *(_certified(runs, p) for p in norms),
+        _evaluated(runs),
         _training(runs),
         _settings(runs),
     ]
@@ -158,6 +163,22 @@ def _certified_at(c: Certificate, eps: float) -> str:
     if eps > c.eps[-1]:
         return _MISSING
     return ("" if eps in c.eps or c.kind == "estimate" else "≥ ") + _percent(c.certified_accuracy(eps))
+
+
+def _evaluated(runs: list[Run]) -> str:
+    """A column per run with an evaluation, a row per number."""
+    found = [(run.name, run.evaluation) for run in runs if run.evaluation]
+    if not found:
+        return ""
+    columns = [dict(e.lines()) for _, e in found]
+    head = ["", *(f"#{name}" for name, _ in found)]
+    rows = [
+        ["images", *(f"{e.images}, {e.data}" for _, e in found)],
+        ["eps (l_inf, pixel units)", *(f"{e.eps:.4g}" for _, e in found)],
+    ]
+    rows += [[key, *(column.get(key, _MISSING) for column in columns)] for key in dict.fromkeys(k for c in columns for k in c)]
+    note = "Pixels are clipped to [0, 1]. Unstable and grafted units are shares of all units; a grafted unit is never unstable."
+    return f'<h2>Robustness at one radius</h2>{_table(head, rows)}<p class="quiet">{note}</p>'
 
 
 def _training(runs: list[Run]) -> str:

@@ -118,6 +118,7 @@ def _train(
         raise
     if group.rank == 0:
         run.plot()
+        recipe.conclude(model, test, run.folder)
     return run.folder
 
 
@@ -129,8 +130,10 @@ def _epochs(recipe, model, optimizer, data, test, run, group, progress) -> None:
         for epoch in range(run.epoch, recipe.epochs):
             torch.manual_seed(int(np.random.SeedSequence((recipe.seed, epoch, group.rank, 1)).generate_state(1)[0]))
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}", refresh=False)
-            line = {"epoch": epoch + 1, **_one_epoch(recipe, model, optimizer, data, epoch, group, bar)}
+            line = {"epoch": epoch + 1, **recipe.before_epoch(model, optimizer, data, epoch)}
+            line |= _one_epoch(recipe, model, optimizer, data, epoch, group, bar)
             group.average_buffers(model)
+            recipe.after_epoch(model, epoch + 1)
             line |= evaluate(recipe, model, test, epoch + 1, group)
             seconds = round(before + time.perf_counter() - start, 3)
             line |= {**recipe.schedule(epoch + 1), "lr": recipe.lr_at(epoch), "seconds": seconds}
@@ -158,7 +161,7 @@ def _one_epoch(
     shuffled = batches(data, recipe.batch_size, recipe.seed, epoch, *changes, part=(group.rank, group.count))
     for step, (x, y) in enumerate(shuffled):
         for settings in optimizer.param_groups:
-            settings["lr"] = recipe.lr_at(epoch + step / count)
+            settings["lr"] = recipe.lr_at(epoch + step / count) * settings.get("lr_factor", 1.0)
         loss, parts = recipe.loss(model, x, y, epoch + step / count, memory)
         optimizer.zero_grad()
         loss.backward()
@@ -181,15 +184,21 @@ def evaluate(recipe: Recipe, model: nn.Module, data: Images, epoch: int, group: 
     """Clean accuracy and the fraction estimated to be certified at ``recipe.eps``, after so many epochs."""
     model.eval()
     memory: Memory = {}
-    sums = torch.zeros(3, dtype=torch.float64, device=group.device)
+    names = ("test_loss", "clean_accuracy", "certified_estimate", *recipe.measured)  # the same on processes without an image
+    sums = {name: torch.zeros((), dtype=torch.float64, device=group.device) for name in names}
     for x, y in data.in_order(size, (group.rank, group.count)):
         logits = model(x)
         right = logits.argmax(1) == y
-        sums[0] += nn.functional.cross_entropy(logits, y, reduction="sum")
-        sums[1] += right.sum()
-        sums[2] += (right & recipe.certified(model, x, y, epoch, memory)).sum()
-    loss, clean, certified = (group.total(sums) / len(data)).tolist()
-    return {"test_loss": loss, "clean_accuracy": clean, "certified_estimate": certified, "certified_eps": recipe.eps}
+        found = {
+            "test_loss": nn.functional.cross_entropy(logits, y, reduction="none"),
+            "clean_accuracy": right,
+            "certified_estimate": right & recipe.certified(model, x, y, epoch, memory),
+            **recipe.measures(model, x, y),
+        }
+        for name in names:
+            sums[name] += found[name].sum(dtype=torch.float64)
+    means = (group.total(torch.stack(list(sums.values()))) / len(data)).tolist()
+    return dict(zip(sums, means, strict=True)) | {"certified_eps": recipe.eps}
 
 
 def _build(recipe: Recipe, data: Images) -> tuple[nn.Module, dict[str, Any]]:

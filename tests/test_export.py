@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import lipfast.nn
-from lipfast import export, models
+from lipfast import checkpoint, export, models
+from lipfast.cli import main
 from lipfast.grafting import graft
 from lipfast.nn import ClippedReLU, GraftedReLU, MaxMin, Normalize
 from tests.checks import assert_near
@@ -182,3 +183,22 @@ def test_vnnlib_names_the_wrong_argument(changes, message, tmp_path):
     with pytest.raises(ValueError, match=f"vnnlib: {message}"):
         export.vnnlib(tmp_path / "x.vnnlib", **{"x": torch.zeros(2), "label": 0, "classes": 3, "eps": 0.1} | changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_command_writes_what_a_verifier_reads(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    model = models.cnn_small((1, 8, 8), activation="grafted_relu")
+    about = {"data": "digits", "root": None, "recipe": "graft", "settings": {"eps": 0.05}}
+    run = tmp_path / "run.safetensors"
+    checkpoint.save(run, model, "cnn_small", {"shape": (1, 8, 8), "activation": "grafted_relu"}, about)
+    assert main(["export", str(run), str(tmp_path / "out"), "--limit", "3", "--timeout", "60"]) == 0
+    assert "3 properties at l_inf eps 0.05" in capsys.readouterr().out
+    rows = (tmp_path / "out" / "instances.csv").read_text().split()
+    assert rows == [f"model.onnx,image{i}.vnnlib,60" for i in range(3)]
+    assert all((tmp_path / "out" / name).exists() for row in rows for name in row.split(",")[:2])
+    about |= {"recipe": "gloro", "settings": {"eps": 0.3}}  # a radius of l_2
+    checkpoint.save(run, model, "cnn_small", {"shape": (1, 8, 8), "activation": "grafted_relu"}, about)
+    for command in (["export", str(run), str(tmp_path / "other")], ["evaluate", str(run)]):
+        assert main(command) == 2
+        assert "names no l_inf radius" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -87,7 +87,7 @@ bench() {
   gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))") || return 1
   results="$root/bench/results/$gpu/$(date -u +%Y-%m-%d)"
   "$python" -m bench --device cuda --dtype float32 tf32 bfloat16 --json "$results.json" || status=1
-  "$python" -m bench --device cuda --peers --large liplt --json "$results-networks.json" || status=1
+  "$python" -m bench --device cuda --peers --large liplt grafting --json "$results-networks.json" || status=1
   "$python" -m bench --device cuda --large lipnext --json "$results-lipnext.json" || status=1
   if [ -n "${OUT:-}" ]; then cp -R "$root/bench/results/$gpu" "$OUT/"; fi
   return $status

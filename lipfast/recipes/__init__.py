@@ -2,12 +2,20 @@
 
 from lipfast.recipes.crm import Crm
 from lipfast.recipes.gloro import Gloro
+from lipfast.recipes.graft import Graft
 from lipfast.recipes.interval import Interval
 from lipfast.recipes.lipnext import Lipnext
 from lipfast.recipes.local import Local
 from lipfast.recipes.recipe import Recipe
 
-RECIPES: dict[str, type[Recipe]] = {"interval": Interval, "gloro": Gloro, "local": Local, "crm": Crm, "lipnext": Lipnext}
+RECIPES: dict[str, type[Recipe]] = {
+    "interval": Interval,
+    "gloro": Gloro,
+    "local": Local,
+    "crm": Crm,
+    "lipnext": Lipnext,
+    "graft": Graft,
+}
 
 
 def find(name: str, data: str) -> Recipe:
@@ -17,4 +25,4 @@ def find(name: str, data: str) -> Recipe:
     return RECIPES[name].preset(data)
 
 
-__all__ = ["RECIPES", "Crm", "Gloro", "Interval", "Lipnext", "Local", "Recipe", "find"]
+__all__ = ["RECIPES", "Crm", "Gloro", "Graft", "Interval", "Lipnext", "Local", "Recipe", "find"]

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipfast.data import Images
 from lipfast.nn import ClippedReLU, LiResConv2d
 from lipfast.schedules import decay
 
@@ -20,6 +22,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "nadam": torch.optim.NAdam,
+    "momentum": lambda parameters, **settings: torch.optim.SGD(parameters, momentum=0.9, **settings),
     "sgd": lambda parameters, **settings: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **settings),
 }
 
@@ -63,6 +66,7 @@ class Recipe:
 
     p: ClassVar[float]  # norm of the perturbation that the recipe trains for
     certificate: ClassVar[str]  # method of lipfast.certify that it trains for
+    measured: ClassVar[tuple[str, ...]] = ()  # names of what :meth:`measures` finds
     in_epochs: ClassVar[tuple[str, ...]] = ("milestones", "decay_start")  # fields that with_epochs stretches
 
     def __post_init__(self):
@@ -86,6 +90,13 @@ class Recipe:
 
     def initialise(self, model: nn.Module) -> None:
         """Sets the weights at the start."""
+
+    def before_epoch(self, model: nn.Module, optimizer: Optimizer, data: Images, epoch: int) -> dict[str, float]:
+        """What happens between epochs, ``epoch`` of them done; numbers for the record. A resumed run begins with it again."""
+        return {}
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        """The last change of the weights before they are evaluated and kept, ``epoch`` epochs done."""
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on a batch, () with gradient, and its parts for the record, detached.
@@ -117,7 +128,15 @@ class Recipe:
         """
         raise NotImplementedError
 
+    def measures(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:  # (B,) each
+        """Further numbers of an evaluation, whose means over the test split go into the record. ``model`` is in eval mode."""
+        return {}
+
+    def conclude(self, model: nn.Module, test: Images, folder: Path) -> None:
+        """What the first process does with the trained network, once; files go into the run folder."""
+
     def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """A parameter group may have an ``lr_factor``: the loop sets its learning rate to so many times :meth:`lr_at`."""
         return OPTIMIZERS[self.optimizer](model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def lr_at(self, epoch: float) -> float:
