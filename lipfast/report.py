@@ -117,20 +117,23 @@ def _summary(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         last = run.metrics[-1] if run.metrics else {}
-        clean = run.certificates[0].clean_accuracy if run.certificates else None
+        told = next((found for found in (*run.certificates, run.evaluation) if found), None)
+        clean = told.clean_accuracy if told else None
         known = [run.config.get(key) for key in ("recipe", "data", "model", "parameters")]
         numbers = map(_text, [*known, last.get("epoch"), last.get("seconds")])
-        rows.append([run.name, *numbers, _percent(clean), _proven(run.certificates)])
+        rows.append([run.name, *numbers, _percent(clean), _proven(run)])
     return _table(head, rows)
 
 
-def _proven(certificates: list[Certificate]) -> str:
-    """At the largest eps of each norm; estimates have no place here."""
-    proven = [c for c in certificates if c.kind == "bound"]
+def _proven(run: Run) -> str:
+    """At the largest eps of each norm, and in the evaluation; estimates have no place here."""
+    proven = [c for c in run.certificates if c.kind == "bound"]
     chance = lambda c: f", {figures.kind_name(c)}" if c.failure_probability else ""
     how = lambda c: f"{figures.norm_name(c.p)}, {c.method}{chance(c)}"
     at = lambda c: f"{_percent(c.certified_accuracy(c.eps[-1]))} at {c.eps[-1]:g} ({how(c)})"
-    return ", ".join(map(at, proven)) or _MISSING
+    e = run.evaluation
+    more = [f"{_percent(v)} at {e.eps:g} (l_inf, {m}, pixels in [0, 1])" for m, v in e.verified_accuracy.items()] if e else []
+    return ", ".join([*map(at, proven), *more]) or _MISSING
 
 
 def _certified(runs: list[Run], p: float) -> str:

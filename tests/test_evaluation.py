@@ -127,6 +127,7 @@ def test_command_and_report(model, found, tmp_path, capsys):
     page = report([run, other], tmp_path / "report.html").read_text()
     assert "Robustness at one radius" in page
     assert "verified, crown (bound)" in page
+    assert f"{100 * found.verified_accuracy['crown']:.2f} % at {EPS:g} (l_inf, crown, pixels in [0, 1])" in page
     assert "Robustness" not in report([other], tmp_path / "other.html").read_text()
     assert main(["evaluate", str(run), "--methods", "magic"]) == 2
     assert "methods must be of interval, crown" in capsys.readouterr().err

@@ -137,7 +137,7 @@ class Graft(Recipe):
         if epoch != self.grafted_at:
             return {}
         images = _calibration(data, self.calibration, self.seed)
-        scores = score(model, images, self.eps, self.bounds, self.measure, None, progress=False)
+        scores = score(model, images, self.eps, self.bounds, self.measure, self.calibration, progress=False)
         choice = self.ratio, self.rule, self.pool, self.pool_fraction, self.restrict_rows
         masks = select(model, scores, *choice, seed=self.seed)
         fixed = self.line_slope, self.line_intercept
@@ -229,7 +229,7 @@ def _load(model: nn.Module, start: str) -> None:
 def _calibration(data: Images, count: int, seed: int) -> Any:
     """Training images without augmentation: a random part where all are in memory, else the first."""
     if not isinstance(data, Dataset):
-        return ((x, y) for _, (x, y) in zip(range(math.ceil(count / 256)), data.in_order(256), strict=False))
+        return data
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].to(data.labels.device)
     return data.pixels(order), data.labels[order]
 
