@@ -91,6 +91,34 @@ def test_units_are_grafted_once_between_the_phases(finished):
     assert all(0 <= line["unstable_ratio"] <= 1 and 0 <= line["fgsm_accuracy"] <= line["clean_accuracy"] for line in lines)
 
 
+def test_the_optimiser_starts_afresh_with_the_grafted_network():
+    recipe = find("graft", "digits").with_settings({"calibration": 8})
+    model, data = models.cnn_small(SHAPE, activation="grafted_relu"), load("digits", limit=20)
+    optimizer = recipe.make_optimizer(model)
+    recipe.loss(model.train(), data.pixels(), data.labels, 0.0, {})[0].backward()
+    optimizer.step()
+    for epoch, kept in ((recipe.grafted_at - 1, True), (recipe.grafted_at, False)):
+        recipe.before_epoch(model, optimizer, data, epoch)
+        assert bool(optimizer.state) == kept
+    assert model.training
+
+
+def test_grafted_units_count_as_stable():
+    recipe, data = find("graft", "digits"), load("digits", split="test", limit=30)
+    torch.manual_seed(0)
+    model = models.cnn_small(SHAPE, activation="grafted_relu").eval()
+    x, y = data.pixels(), data.labels
+    boxes = interval(model, x, recipe.eps, kind="estimate", pixel_range=(0, 1)).layers
+    unstable = torch.stack([((low < 0) & (high > 0)).flatten(1).sum(1) for low, high in boxes.values()]).sum(0)
+    units = sum(low[0].numel() for low, _ in boxes.values())
+    with torch.no_grad():
+        torch.testing.assert_close(recipe.measures(model, x, y)["unstable_ratio"], unstable / units)
+        for module in model.modules():
+            if isinstance(module, GraftedReLU):
+                module.mask.fill_(True)
+        assert not recipe.measures(model, x, y)["unstable_ratio"].any()
+
+
 def test_masks_are_those_of_the_network_before(finished, tmp_path):
     first = run(tmp_path / "first", {"epochs": 2})  # the first phase alone
     assert not any(mask.any() for mask in grafts(first).values())
