@@ -233,6 +233,8 @@ class _Clock:
 
 
 def _bar(batches: Iterator, progress: bool) -> Any:
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError:  # the bar is a comfort, not a need
+        return batches
     return tqdm(batches, "evaluate", unit="batch", leave=False, disable=not progress)
