@@ -117,7 +117,7 @@ def test_epochs_stretch_the_schedules():
 
 def test_names_that_are_not_there_are_told_with_those_that_are():
     assert isinstance(find("interval", "mnist"), Recipe)
-    with pytest.raises(ValueError, match="recipe must be one of interval, gloro, local, crm, lipnext, got 'gloro2'"):
+    with pytest.raises(ValueError, match="recipe must be one of interval, gloro, local, crm, lipnext, graft, got 'gloro2'"):
         find("gloro2", "mnist")
     with pytest.raises(ValueError, match="no preset for 'imagenet'; there are digits, mnist"):
         find("interval", "imagenet")

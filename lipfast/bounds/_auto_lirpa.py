@@ -39,9 +39,9 @@ def margin(
     iterations: int,
 ) -> Tensor:  # (B, K)
     """Of :func:`lipfast.bounds.crown_margin`, by auto_LiRPA's ``method``, the last layer merged with e_label - e_j."""
-    library()
     if p != math.inf:
         raise ValueError(f"p: inf expected for an estimate, got {p}")
+    library()
     wide = x if x.dtype == torch.float64 and not iterations else x.float()
     reason = ""
     # Patches are much quicker than matrices. They do not know all layers, and have failed where matrices did not; these, and
