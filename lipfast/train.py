@@ -130,8 +130,8 @@ def _epochs(recipe, model, optimizer, data, test, run, group, progress) -> None:
         for epoch in range(run.epoch, recipe.epochs):
             torch.manual_seed(int(np.random.SeedSequence((recipe.seed, epoch, group.rank, 1)).generate_state(1)[0]))
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}", refresh=False)
-            line = {"epoch": epoch + 1, **recipe.before_epoch(model, optimizer, data, epoch)}
-            line |= _one_epoch(recipe, model, optimizer, data, epoch, group, bar)
+            recipe.before_epoch(model, optimizer, data, epoch)
+            line = {"epoch": epoch + 1, **_one_epoch(recipe, model, optimizer, data, epoch, group, bar)}
             group.average_buffers(model)
             recipe.after_epoch(model, epoch + 1)
             line |= evaluate(recipe, model, test, epoch + 1, group)

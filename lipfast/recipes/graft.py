@@ -89,7 +89,7 @@ class Graft(Recipe):
 
     p: ClassVar[float] = math.inf
     certificate: ClassVar[str] = "crown"
-    measured: ClassVar[tuple[str, ...]] = ("fgsm_accuracy", "unstable_ratio")
+    measured: ClassVar[tuple[str, ...]] = ("fgsm_accuracy", "unstable_ratio", "grafted_ratio")
     in_epochs: ClassVar[tuple[str, ...]] = (*Recipe.in_epochs, "pretrain")
 
     def __post_init__(self):
@@ -132,10 +132,10 @@ class Graft(Recipe):
         if self.start:
             _load(model, self.start)
 
-    def before_epoch(self, model: nn.Module, optimizer: Optimizer, data: Images, epoch: int) -> dict[str, float]:
+    def before_epoch(self, model: nn.Module, optimizer: Optimizer, data: Images, epoch: int) -> None:
         """Scores, selects and grafts, once."""
         if epoch != self.grafted_at:
-            return {}
+            return
         images = _calibration(data, self.calibration, self.seed)
         scores = score(model, images, self.eps, self.bounds, self.measure, self.calibration, progress=False)
         choice = self.ratio, self.rule, self.pool, self.pool_fraction, self.restrict_rows
@@ -143,8 +143,6 @@ class Graft(Recipe):
         fixed = self.line_slope, self.line_intercept
         graft(model, masks, *(fixed if self.line == "fixed" else (scores.chord_slope, scores.chord_intercept)))
         optimizer.state.clear()  # momentum of another network
-        grafted = sum(int(mask.sum()) for mask in masks.values())
-        return {"grafted_ratio": grafted / sum(mask.numel() for mask in masks.values())}
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, epoch: float, memory: Memory) -> tuple[Tensor, dict[str, Tensor]]:
         model.eval()
@@ -177,10 +175,6 @@ class Graft(Recipe):
         if epoch == self.epochs and self.prune:
             prune(model, self.prune)
 
-    def schedule(self, epoch: float) -> dict[str, float]:
-        """Whether units are grafted, 0 or 1."""
-        return {"grafted": float(epoch > self.grafted_at)}
-
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         lines = [p for m in model.modules() if isinstance(m, GraftedReLU) for p in (m.slope, m.intercept)]
         ids = {id(p) for p in lines}
@@ -200,17 +194,21 @@ class Graft(Recipe):
         return ((margin > 0) | ~others).all(1)
 
     def measures(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Accuracy under one step of attack, and the share of units that are unstable by boxes, grafted ones being stable."""
+        """Accuracy under one step of attack, the share of units that are unstable by boxes, grafted ones being stable, and of
+        grafted units."""
         with torch.enable_grad():
             attacked = fgsm(model, x, y, self.eps, math.inf, self.eps, _PIXELS, start="zero")
         boxes = interval(model, x, self.eps, kind="estimate", pixel_range=_PIXELS).layers
-        unstable, units = torch.zeros(len(x), device=x.device), 0
+        unstable, grafted = (torch.zeros(len(x), device=x.device) for _ in range(2))
+        units = 0
         for name, module in model.named_modules():
             if isinstance(module, GraftedReLU):
                 lower, upper = boxes[name]
                 unstable += ((lower < 0) & (upper > 0) & ~module.mask).flatten(1).sum(1)
+                grafted += module.mask.sum()
                 units += module.mask.numel()
-        return {"fgsm_accuracy": (model(attacked).argmax(1) == y).float(), "unstable_ratio": unstable / units}
+        right = (model(attacked).argmax(1) == y).float()
+        return {"fgsm_accuracy": right, "unstable_ratio": unstable / units, "grafted_ratio": grafted / units}
 
     def conclude(self, model: nn.Module, test: Images, folder: Path) -> None:
         path = folder / evaluation.NAME

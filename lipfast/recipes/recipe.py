@@ -91,9 +91,8 @@ class Recipe:
     def initialise(self, model: nn.Module) -> None:
         """Sets the weights at the start."""
 
-    def before_epoch(self, model: nn.Module, optimizer: Optimizer, data: Images, epoch: int) -> dict[str, float]:
-        """What happens between epochs, ``epoch`` of them done; numbers for the record. A resumed run begins with it again."""
-        return {}
+    def before_epoch(self, model: nn.Module, optimizer: Optimizer, data: Images, epoch: int) -> None:
+        """What happens between epochs, ``epoch`` of them done. A resumed run begins with it again."""
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """The last change of the weights before they are evaluated and kept, ``epoch`` epochs done."""
