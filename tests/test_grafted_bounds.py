@@ -126,6 +126,19 @@ def test_a_slope_of_0_is_constant_and_drops_out():
     assert (lipschitz(model, (6,)) <= 1e-12).all()
 
 
+@EVERY
+def test_estimates_in_float32_are_near_the_bounds_and_differentiable(name):
+    build, shape = NETWORKS[name]
+    model = grafted(build(), slopes=(0.1, 0.9))
+    for method in ("product", "liplt"):
+        found = lipschitz(model, shape, math.inf, method, "estimate")
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.detach().double(), lipschitz(model, shape, math.inf, method), rtol=1e-5, atol=1e-6)
+        model.zero_grad()
+        found.sum().backward()
+        assert all(m.weight.grad.isfinite().all() for m in model.modules() if hasattr(m, "weight"))
+
+
 def test_certifies_and_nan_slopes_certify_nothing():
     model = grafted(chain(), 0.5, (0.2, 0.8))
     x, label = torch.rand(20, 6), torch.zeros(20, dtype=torch.long)

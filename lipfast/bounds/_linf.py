@@ -274,7 +274,7 @@ class _Loop:
             masked = on_grid and position in self.plan.masked
             if isinstance(layer, Elementwise):
                 if isinstance(layer, Grafted) and not on_grid:
-                    unit_keep, unit_turn = _unit_slopes(layer)
+                    unit_keep, unit_turn = _unit_slopes(layer, rows.values)
                     yield rows.values * unit_turn, moved
                     before = [rows.times(unit_keep)]
                 else:
@@ -323,9 +323,9 @@ def _steepest(layer: Elementwise, grid: bool) -> float | Tensor:
     return max(map(abs, layer.slopes))
 
 
-def _unit_slopes(layer: Grafted) -> tuple[Tensor, Tensor]:  # (1, ...) twice
-    """c and r of each unit."""
-    least, greatest = (t.double() for t in layer.unit_slopes)
+def _unit_slopes(layer: Grafted, like: Tensor) -> tuple[Tensor, Tensor]:  # (1, ...) twice
+    """c and r of each unit, in the dtype of the rows: float64 for a bound."""
+    least, greatest = (t.to(like.dtype) for t in layer.unit_slopes)
     turn = (greatest - least) / 2
     return (least + greatest) / 2, torch.where(turn > 0, turn + 2.0**-50 * (least.abs() + greatest.abs()), 0.0)
 
