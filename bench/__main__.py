@@ -1,24 +1,58 @@
-"""``python -m bench``: checks every op, then times it on its test's large cases. ``--peers``: whole networks."""
+"""``python -m bench [NAME ...]``: checks ops and whole bounds, then times them beside what a user would otherwise run."""
 
 import argparse
-import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import cases, floors, grafting, jacobian, liplt, lipnext, local, manifold, memory, networks, ops, record
+from bench import (
+    block,
+    cases,
+    ceilings,
+    compare,
+    crown,
+    grafting,
+    guard,
+    jacobian,
+    liplt,
+    lipnext,
+    local,
+    manifold,
+    memory,
+    networks,
+    ops,
+    problem,
+    record,
+    tables,
+)
 
 DTYPES = ["float32", "tf32", "bfloat16", "float16", "float64"]
-LARGE = ["liplt", "lipnext", "grafting"]
-PEERS = ["interval", "local", "liplt", "manifold", "jacobian", "memory"]
+BOUNDS = ["interval", "local", "liplt", "jacobian", "crown", "manifold", "lipnext_block"]
+LARGE = ["liplt_large", "lipnext_training", "grafting_scores", "local_memory"]
+GROUPS = {"bounds": BOUNDS, "large": LARGE}  # and "ops"
 
 
 def main() -> int:
     a = _arguments()
-    torch.set_num_threads(a.threads)
+    try:
+        _check(a)
+        torch.set_num_threads(a.threads)
+        if a.compare:
+            return compare.run(*a.compare)
+        if a.tables:
+            return tables.write(a.tables)
+        if a.check:
+            return guard.run(a.check, a.device, a.repeats, a.quick)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return _measure(a)
+
+
+def _measure(a: argparse.Namespace) -> int:
     facts = record.circumstances(a.device)
     print(
         "lipfast {lipfast}, torch {torch}".format(**facts["versions"]), "on", facts["machine"]["gpu"] or facts["machine"]["cpu"]
@@ -26,96 +60,135 @@ def main() -> int:
     missing = [name for name, loaded in facts["kernels"].items() if not loaded]
     if a.device == "cpu" and "cpu" in missing:
         print("note: no compiled kernels here, so every op is its reference: pip install -e .")
-    results: list[dict] = []
-    if a.ops or not (a.peers or a.large):
-        results += _time_ops(a)
-    _write(a, results)
-    for row in itertools.chain(_time_networks(a), _time_large(a)):
-        results.append(row)
-        _write(a, results)  # the next one may not fit, or be stopped
+    limits = None if a.quick else ceilings.Ceilings(a.device)
+    found: dict[str, Any] = {**facts, "ceilings": None, "results": []}
+    print(problem.HEAD)
+    for dtype in a.dtype:
+        ceilings.set_arithmetic(dtype)
+        if limits:
+            limits.measure(dtype)
+        for p in _problems(a, dtype):
+            found["results"].append(problem.measure(p, a.repeats, a.device, limits))
+            _save(a, found, limits)
+    ceilings.set_arithmetic("float32")
+    for row in _large(a):
+        found["results"].append(row)
+        _save(a, found, limits)  # the next one may not fit, or be stopped
     return 0
 
 
-def _write(a: argparse.Namespace, results: list[dict]) -> None:
+def _save(a: argparse.Namespace, found: dict[str, Any], limits: ceilings.Ceilings | None) -> None:
     if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps({**record.circumstances(a.device), "results": results}, indent=1) + "\n")
+        record.write(a.json, {**found, "ceilings": limits and limits.record()})
 
 
-def _time_large(a: argparse.Namespace) -> Iterator[dict]:
-    if "liplt" in a.large:
+def _problems(a: argparse.Namespace, dtype: str) -> Iterator[problem.Problem]:
+    for name in (n for n in a.names if n in cases.names()):
+        yield from ops.problems(name, a.device, dtype, a.outward, a.quick)
+    if "lipnext_block" in a.names:
+        for size in [block.TINY] if a.quick else block.SIZES[a.device]:
+            yield from block.problems(*size, a.device, dtype, a.quick)
+    if dtype == "float32":
+        yield from _whole_bounds(a)
+
+
+def _whole_bounds(a: argparse.Namespace) -> Iterator[problem.Problem]:
+    if "interval" in a.names:
+        for name, build in {"small": networks.small}.items() if a.quick else networks.NETWORKS.items():
+            yield from networks.problems(name, build, 2 if a.quick else 64, a.device)
+    if "local" in a.names:
+        for name, (net, batch) in {"small": (local.small, 2)}.items() if a.quick else local.NETWORKS.items():
+            yield from local.problems(name, net, batch, a.device)
+    if "liplt" in a.names:
+        for name, (make, shape) in {"small": (liplt.small, (3, 32, 32))}.items() if a.quick else liplt.NETWORKS.items():
+            yield from liplt.problems(name, make, shape, a.device)
+        for name in [] if a.quick else liplt.PROOFS:
+            yield liplt.proof(name, *liplt.NETWORKS[name], a.device)
+    if "jacobian" in a.names:
+        for name, case in (jacobian.SMALL if a.quick else jacobian.NETWORKS).items():
+            yield jacobian.problem(name, *case, a.device)
+    if "crown" in a.names:
+        for name, case in (jacobian.SMALL if a.quick else crown.NETWORKS).items():
+            yield from crown.problems(name, *case, a.device)
+    if "manifold" in a.names:
+        for shape in manifold.TINY if a.quick else manifold.SIZES:
+            yield from manifold.problems(shape, a.device)
+
+
+def _large(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if "liplt_large" in a.names:
         yield liplt.large(a.device, *(liplt.TINY if a.quick else liplt.LARGE))
-    if "lipnext" in a.large:
+    if "lipnext_training" in a.names:
         yield from lipnext.large(a.device, a.repeats, a.quick)
-    if "grafting" in a.large:
+    if "grafting_scores" in a.names:
         scored = grafting.run("cnn_b" if a.quick else "conv_huge", grafting.BATCH, a.device)
         yield from [] if scored is None else [scored]
-
-
-def _time_networks(a: argparse.Namespace) -> Iterator[dict]:
-    if "interval" in a.peers:
-        for name, build in {"small": networks.small}.items() if a.quick else networks.NETWORKS.items():
-            yield from networks.run(name, build, a.device, 2 if a.quick else 64, a.repeats)
-    if "local" in a.peers:
-        for name, (net, batch) in {"small": (local.small, 2)}.items() if a.quick else local.NETWORKS.items():
-            yield from local.run(name, net, batch, a.device, min(a.repeats, 5))
-    if "liplt" in a.peers:
-        for name, (make, shape) in {"small": (liplt.small, (3, 32, 32))}.items() if a.quick else liplt.NETWORKS.items():
-            yield from liplt.run(name, make, shape, a.device, min(a.repeats, 9))
-        for name in [] if a.quick else liplt.PROOFS:
-            yield liplt.prove(name, *liplt.NETWORKS[name], a.device, 3)
-    if "manifold" in a.peers:
-        for shape in manifold.TINY if a.quick else manifold.SIZES:
-            yield from manifold.run(shape, a.device, min(a.repeats, 9))
-    if "jacobian" in a.peers:
-        for name, case in (jacobian.SMALL if a.quick else jacobian.NETWORKS).items():
-            yield from jacobian.run(name, *case, a.device, min(a.repeats, 3))
-    if "memory" in a.peers:
+    if "local_memory" in a.names:
         used = memory.run("small", 64, a.device) if a.quick else memory.run("6C2F", memory.BATCH, a.device)
         yield from [] if used is None else [used]
 
 
-def _time_ops(a: argparse.Namespace) -> list[dict]:
-    print(ops.HEAD)
-    rows = []
-    for dtype in a.dtype:
-        floors.set_arithmetic(dtype)
-        rate = {} if a.quick else floors.rates(a.device, dtype)
-        for name in a.ops or cases.names():
-            rows += ops.run(name, a.device, dtype, a.outward, a.repeats, a.quick, rate)
-    return rows
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="OP", help="all, if none is named")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--outward", action="store_true", help="the boxes that hold in floating point")
+    known = "an op (any of lipfast.ops), a bound ({}), a long run ({}), or all of a kind: ops, bounds, large"
     parser.add_argument(
-        "--peers", nargs="*", choices=PEERS, metavar="NAME", help=f"beside others' code: {', '.join(PEERS)}; or all"
-    )
-    parser.add_argument(
-        "--large",
+        "names",
         nargs="*",
-        choices=LARGE,
         metavar="NAME",
-        help="minutes: liplt, 1000 classes and ResNet-50's size in 24 GiB; lipnext, training; grafting, scores; or all",
+        help=known.format(", ".join(BOUNDS), ", ".join(LARGE)) + "; none: ops and bounds",
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of ops and blocks")
+    parser.add_argument("--outward", action="store_true", help="the boxes that hold in floating point")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=None, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--repeats", type=int, default=None, metavar="N", help="rounds (9)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="where to keep the results, after each of them (bench/results/<machine>/bench.json)",
+    )
     parser.add_argument("--quick", action="store_true", help="every check, tiny sizes, no meaningful time")
-    a = parser.parse_args()
-    if unknown := set(a.ops) - set(cases.names()):
-        parser.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(cases.names())}")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="two result files of one machine")
+    instead.add_argument(
+        "--check",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="whether an op has lost more than 15 %% against FILE (this machine's committed results)",
+    )
+    instead.add_argument(
+        "--tables", type=Path, nargs="+", metavar="FILE", help="docs/speed.md, its plots and the README's table"
+    )
+    return parser.parse_args()
+
+
+def _check(a: argparse.Namespace) -> None:
+    """Resolves what has a default; raises ValueError for what cannot be run here."""
+    a.names = names(a.names)
+    a.repeats = (2 if a.quick else 9) if a.repeats is None else a.repeats
+    for option in ("threads", "repeats"):
+        if getattr(a, option) < 1:
+            raise ValueError(f"--{option}: at least 1 expected, got {getattr(a, option)}")
     if a.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+        raise ValueError("--device cuda: torch finds no GPU here")
     if a.device == "cpu" and "tf32" in a.dtype:
-        parser.error("--dtype tf32 is an arithmetic of --device cuda")
-    a.peers, a.large = (every if chosen == [] else chosen or [] for every, chosen in ((PEERS, a.peers), (LARGE, a.large)))
-    a.repeats = a.repeats or (2 if a.quick else 20)
-    return a
+        raise ValueError("--dtype: an arithmetic of the CPU expected, got tf32")
+    committed = record.RESULTS / record.machine(a.device) / "bench.json"
+    a.json, a.check = (committed if path == Path() else path for path in (a.json, a.check))
+
+
+def names(asked: list[str]) -> list[str]:
+    """Groups resolved. Raises ValueError for a name that there is not."""
+    groups = {"ops": cases.names(), **GROUPS}
+    every = [name for group in groups.values() for name in group]
+    if unknown := [name for name in asked if name not in (*every, *groups)]:
+        raise ValueError(f"no such op or bound: {', '.join(unknown)}; there are {', '.join([*every, *groups])}")
+    return [name for word in asked or ["ops", "bounds"] for name in groups.get(word, [word])]
 
 
 if __name__ == "__main__":

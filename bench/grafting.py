@@ -41,7 +41,7 @@ def run(name: str = "conv_huge", batch: int = BATCH, device: str = "cpu") -> dic
         flush=True,
     )
     seconds = {"image": each, "select": timed["select"]}
-    return {"network": name, "bound": "grafting scores", "batch": batch, "batches": BATCHES, "seconds": seconds, "bytes": used}
+    return {"name": "grafting scores", "size": f"{name}, batch {batch}", "batches": BATCHES, "seconds": seconds, "bytes": used}
 
 
 def _apart(name: str, batch: int, batches: int, device: str, environment: dict[str, str] | None = None) -> dict[str, float]:

@@ -7,13 +7,12 @@ fit, so a round is the whole batch for ours, one image and one class for theirs;
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.timing import quartiles, ratio, rounds
+from bench.problem import OWN, Problem
 from lipfast import models
 from lipfast.bounds import jacobian
 
@@ -30,18 +29,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], int]] = 
 SMALL: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...], int]] = {"small": (small, (1, 8, 8), 2)}
 
 
-def run(
-    name: str, build: Callable[[], nn.Sequential], shape: tuple[int, ...], batch: int, device: str, repeats: int
-) -> list[dict[str, Any]]:
+def problem(size: str, build: Callable[[], nn.Sequential], shape: tuple[int, ...], batch: int, device: str) -> Problem:
     torch.manual_seed(0)
     net = build().to(device)
     x = torch.rand(batch, *shape, device=device)
     K = len(net[-1].weight)
     ours = lambda kind: jacobian(net, x, EPS, kind=kind, pixel_range=(0, 1))
     turns: dict[str, Callable[[], object]] = {
-        "bound": lambda: ours("bound"),
-        "estimate": torch.no_grad()(lambda: ours("estimate")),
-        "estimate and gradient": lambda: torch.autograd.grad(ours("estimate").sum(), _weights(net)),
+        OWN: lambda: ours("bound"),
+        "lipfast estimate": torch.no_grad()(lambda: ours("estimate")),
+        "lipfast estimate, gradient": lambda: torch.autograd.grad(ours("estimate").sum(), _weights(net)),
     }
     each = dict.fromkeys(turns, 1 / batch)
     theirs = peer(_their_network(net), x[:1], EPS)
@@ -50,18 +47,9 @@ def run(
         tightness["auto_LiRPA"] = theirs(0).item()
         turns["auto_LiRPA"], each["auto_LiRPA"] = lambda: theirs(0), K
     assert all(tightness["sampled"] <= value * (1 + 1e-5) for value in tightness.values()), tightness
-    times = rounds(turns, repeats, device, warm=0)
-    times = {who: [seconds * each[who] for seconds in samples] for who, samples in times.items()}
-    row = {
-        "network": name,
-        "bound": "interval Jacobian",
-        "batch": batch,
-        "seconds": {who: quartiles(samples) for who, samples in times.items()},
-        "ratios": {who: ratio(times, "auto_LiRPA", who) for who in times if "auto_LiRPA" in times and who != "auto_LiRPA"},
-        "first class of the first image": tightness,
-    }
-    print(_line(row), flush=True)
-    return [row]
+    facts = {"batch": batch, "first_class_of_the_first_image": tightness}
+    targets = {"auto_LiRPA": TARGETS[size]} if size in TARGETS else {}
+    return Problem("jacobian", f"{size}, per image", "forward", turns, targets=targets, scale=each, facts=facts, warm=0)
 
 
 def peer(net: nn.Module, x: Tensor, eps: float) -> Callable[[int], Tensor] | None:
@@ -117,11 +105,3 @@ def _sampled(net: nn.Module, x: Tensor) -> float:
     z = z.clamp(0, 1).requires_grad_()
     (gradient,) = torch.autograd.grad(net(z)[:, 0].sum(), z)
     return gradient.abs().flatten(1).sum(1).max().item()
-
-
-def _line(row: dict[str, Any]) -> str:
-    seconds = "   ".join(f"{who} {quartile[1] * 1e3:.2f} ms" for who, quartile in row["seconds"].items())
-    goal = f" (target {TARGETS[row['network']]})" if row["network"] in TARGETS else ""
-    ratios = "   ".join(f"{who} {value:.0f}x{goal}" for who, value in row["ratios"].items()) or "auto_LiRPA not installed"
-    found = ", ".join(f"{who} {value:.4g}" for who, value in row["first class of the first image"].items())
-    return f"{row['network']} batch {row['batch']}, per image: {seconds}   faster: {ratios}   constants: {found}"

@@ -6,13 +6,15 @@ back to a looser bound, so there is nothing to compare with.
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.timing import quartiles, ratio, rounds
+from bench import timing, work
+from bench.ceilings import Work
+from bench.problem import OWN, Problem
 from lipfast import models
 from lipfast.bounds import liplt, lipschitz
 
@@ -24,8 +26,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "25 layers": (lambda: deep(25), (3, 16, 16)),
     "50 layers": (lambda: deep(50), (3, 16, 16)),
 }
-TARGETS = {"CRM 6C2F": {"authors": 2.5, "seconds": 0.12}, "CRM 6C2F, 200 classes": {"seconds": 1.0}}
-PROOFS = {"CRM 6C2F": 3.0}  # and the seconds aimed at
+TARGETS = {"CRM 6C2F": {"authors": 2.5}}  # the least ratio aimed at
+SECONDS = {
+    ("CRM 6C2F", "both"): 0.12,
+    ("CRM 6C2F, 200 classes", "both"): 1.0,
+    ("CRM 6C2F", "proven"): 3.0,
+}  # and the most seconds
+PROOFS = ("CRM 6C2F",)
 # classes, pixels, blocks, width, iterations
 LARGE = (1000, 64, (3, 4, 6, 3), 64, 1)  # what fits 24 GiB
 TINY = (3, 32, (1, 1), 4, 1)
@@ -42,35 +49,35 @@ def deep(layers: int, width: int = 16) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), *between, *last)
 
 
-def run(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str, Any]]:
+def problems(size: str, build: Callable[[], nn.Module], shape: tuple[int, ...], device: str) -> Iterator[Problem]:
     torch.manual_seed(0)
     net = build().to(device)
     parameters = list(net.parameters())
     vectors = liplt(net, shape, ITERATIONS).vectors  # those of the step before
-    bounds = {"lipfast": lambda: liplt(net, shape, ITERATIONS, vectors).pairwise}
+    bounds = {OWN: lambda: liplt(net, shape, ITERATIONS, vectors).pairwise}
     classes = len(parameters[-1])
-    theirs = _theirs(net, shape, device) if classes <= 101 and not name.endswith("layers") else None
+    theirs = _theirs(net, shape, device) if classes <= 101 and not size.endswith("layers") else None
     if theirs is not None:
         bounds["authors"] = theirs
         _check(net, shape, theirs)
-    rows = []
-    for backward in (False, True):
-        turns = {who: _pass(bound, parameters, backward) for who, bound in bounds.items()}
-        times = rounds(turns, repeats, device)
-        row: dict[str, Any] = {
-            "network": name,
-            "bound": "LipLT",
-            "iterations": ITERATIONS,
-            "pass": "both" if backward else "fwd",
-            "seconds": {who: quartiles(samples) for who, samples in times.items()},
-            "ratios": {who: ratio(times, who, "lipfast") for who in times if who != "lipfast"},
-        }
-        print(_line(row), flush=True)
-        rows.append(row)
-    return rows
+    read = sum(p.numel() * p.element_size() for p in parameters)
+    flops = work.flops(bounds[OWN])  # of the recursion that batches all sub-products of a layer
+    for direction in ("forward", "both"):
+        turns = {who: _pass(bound, parameters, direction == "both") for who, bound in bounds.items()}
+        if device == "cuda":
+            turns |= timing.graphed("lipfast graph", turns[OWN])
+        yield Problem(
+            name="liplt",
+            size=size,
+            direction=direction,
+            turns=turns,
+            work=Work(read, flops) if direction == "forward" else None,
+            targets=TARGETS.get(size, {}) if direction == "both" else {},
+            facts={"iterations": ITERATIONS, "seconds_aimed_at": SECONDS.get((size, direction))},
+        )
 
 
-def prove(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], device: str, repeats: int) -> dict[str, Any]:
+def proof(size: str, build: Callable[[], nn.Module], shape: tuple[int, ...], device: str) -> Problem:
     """The bound, and by how much it exceeds a converged estimate, which cannot exceed it."""
     torch.manual_seed(0)
     net = build().to(device)
@@ -79,17 +86,8 @@ def prove(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], dev
     apart = ~torch.eye(len(bound), dtype=torch.bool, device=device)
     above = (bound / estimate)[apart]
     assert (above >= 1 - 1e-5).all()  # float32 estimates
-    times = rounds({"lipfast": lambda: lipschitz(net, shape)}, repeats, device, warm=0)
-    seconds, excess = quartiles(times["lipfast"]), above.mean().item() - 1
-    goal = f" (target {PROOFS[name]} s)" if name in PROOFS else ""
-    print(f"{name} LipLT, proven {seconds[1]:8.2f} s{goal}, {excess:.1%} above the converged estimate", flush=True)
-    return {
-        "network": name,
-        "bound": "LipLT, proven",
-        "pass": "fwd",
-        "seconds": {"lipfast": seconds},
-        "above the estimate": excess,
-    }
+    facts = {"seconds_aimed_at": SECONDS.get((size, "proven")), "above_the_estimate": above.mean().item() - 1}
+    return Problem("liplt, proven", size, "forward", {OWN: lambda: lipschitz(net, shape)}, facts=facts, warm=0)
 
 
 def large(device: str, classes: int, pixels: int, blocks: tuple[int, ...], width: int, iterations: int) -> dict[str, Any]:
@@ -106,18 +104,10 @@ def large(device: str, classes: int, pixels: int, blocks: tuple[int, ...], width
     on_cpu = device == "cpu"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else torch.cuda.max_memory_allocated()
     parameters = sum(p.numel() for p in net.parameters())
-    row = {
-        "network": f"bottlenecks {blocks}, width {width}, {pixels} pixels",
-        "parameters": parameters,
-        "bound": "LipLT",
-        "classes": classes,
-        "iterations": iterations,
-        "seconds": {"fwd": forward, "both": both},
-        "peak_bytes": peak,
-    }
     size = f"{parameters / 1e6:.1f} M parameters, {classes} classes, {pixels} pixels"
-    print(f"{size}: LipLT fwd {forward:.1f} s, both {both:.1f} s, peak {peak / 2**30:.1f} GiB", flush=True)
-    return row
+    print(f"liplt, large: {size}: forward {forward:.1f} s, both {both:.1f} s, peak {peak / 2**30:.1f} GiB", flush=True)
+    facts = {"blocks": blocks, "width": width, "iterations": iterations, "parameters": parameters, "peak_bytes": peak}
+    return {"name": "liplt, large", "size": size, "seconds": {"forward": forward, "both": both}, **facts}
 
 
 class _Bottleneck(nn.Module):
@@ -181,11 +171,3 @@ def _pass(bound: Callable[[], Tensor], parameters: Sequence[Tensor], backward: b
     if not backward:
         return torch.no_grad()(bound)
     return lambda: torch.autograd.grad(bound().sum(), parameters, allow_unused=True)
-
-
-def _line(row: dict) -> str:
-    targets = TARGETS.get(row["network"], {}) if row["pass"] == "both" else {}
-    goal = f" (target {1e3 * targets['seconds']:.0f} ms)" if "seconds" in targets else ""
-    aimed = f" (target {targets['authors']})" if "authors" in targets else ""
-    authors = f"authors {row['ratios']['authors']:.2f}x{aimed}" if "authors" in row["ratios"] else "authors not at hand"
-    return f"{row['network']} LipLT {row['pass']:5} {row['seconds']['lipfast'][1] * 1e3:8.2f} ms{goal}   {authors}"

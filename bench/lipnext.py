@@ -85,11 +85,8 @@ def run(setting: Setting, device: str, cycles: int) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     row: dict[str, Any] = {
-        "network": f"LipNeXt {setting.model}",
-        "batch": setting.batch,
-        "autocast": setting.autocast,
-        "checkpointing": setting.checkpointing,
-        "compiled": setting.compiled,
+        "name": "lipnext, training",
+        "size": str(setting),
     }
     try:
         row |= _measure(setting, device, cycles)
@@ -115,7 +112,7 @@ def count(depth: int, width: int) -> dict[str, Any]:
         f"LipNeXt L{depth}W{width}: {of_matrices / 1e9:.3f} billion parameters in the matrices, {parameters:,} in all",
         flush=True,
     )
-    return {"network": f"LipNeXt L{depth}W{width}", "parameters": parameters, "in matrices": of_matrices}
+    return {"name": "lipnext, parameters", "size": f"L{depth}W{width}", "parameters": parameters, "in_matrices": of_matrices}
 
 
 def passes(width: int, batch: int, device: str, repeats: int) -> dict[str, Any]:
@@ -153,13 +150,13 @@ def passes(width: int, batch: int, device: str, repeats: int) -> dict[str, Any]:
     print(f"  {'product, there and back':23} {both} ms, {flops / 1e12:.2f} TFLOP/s forward")
     print("  of a block: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
     return {
-        "passes": "LipNeXt",
-        "shape": shape,
+        "name": "lipnext, passes",
+        "size": "x".join(map(str, shape)),
         "seconds": seconds,
         "bytes_per_second": rate,
         "flops": flops,
-        "above the floor": above,
-        "of a block": shares,
+        "above_the_floor": above,
+        "of_a_block": shares,
     }
 
 
@@ -289,7 +286,7 @@ def _memory() -> str:
 
 def _line(row: dict[str, Any]) -> str:
     phases = ", ".join(f"{phase} {row['seconds'][phase][1] * 1e3:.2f}" for phase in (*_PHASES, "retraction"))
-    aimed = f" (target {TARGET:.0%})" if row["network"] == "LipNeXt L32W2048" else ""
+    aimed = f" (target {TARGET:.0%})" if row["size"].startswith("LipNeXt L32W2048") else ""
     peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 2**30:.1f} GiB"
     return (
         f"{phases} ms, the optimizer {row['optimizer_share']:.1%}{aimed}, {row['images_per_second']:.1f} images/s{peak}; "

@@ -6,7 +6,7 @@ and for CUDA where the bound needs neither, so its two files are read without th
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.timing import quartiles, ratio, rounds
+from bench import work
+from bench.ceilings import Work
+from bench.problem import OWN, Problem
 from lipfast import bounds, losses, models
 from lipfast.nn import ClippedReLU
 
@@ -25,7 +27,7 @@ ITERATIONS = 2
 _CHECKED = 100  # iterations of what is compared
 # What a machine without CUDA, or a Python from 3.9 on, does not take.
 _MENDED = {".type(torch.cuda.FloatTensor)": ".float()", "y.cuda()": "y", "(*self.in_size[i])": "self.in_size[i]"}
-TARGETS = {"6C2F": {"both": 2.0}, "6C2F, 200 classes": {"both": 60.0}}  # the least ratio aimed at
+TARGETS = {"6C2F": {"both": {"authors": 2.0}}, "6C2F, 200 classes": {"both": {"authors": 60.0}}}  # the least ratio aimed at
 
 
 def small() -> nn.Sequential:
@@ -40,28 +42,31 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], int]] = {  # and the batc
 }
 
 
-def run(name: str, build: Callable[[], nn.Sequential], batch: int, device: str, repeats: int) -> list[dict[str, Any]]:
+def problems(size: str, build: Callable[[], nn.Sequential], batch: int, device: str) -> Iterator[Problem]:
     net, x, label = problem(build, batch, device)
     candidates = steps(net, x, label)
-    candidates["lipfast"] = candidates.pop("translation")
+    candidates = {OWN: candidates.pop("translation"), "lipfast scalar": candidates.pop("scalar"), **candidates}
     if peer := load_peer():
         check(net, x[:2], label[:2], peer)
         candidates["authors"] = _theirs(net, x, label, peer)
-    rows = []
-    for backward in (False, True):
-        times = rounds({who: step.run(backward) for who, step in candidates.items()}, repeats, device, warm=0)  # long enough
-        row = {
-            "network": name,
-            "bound": "local Lipschitz",
-            "batch": batch,
-            "iterations": ITERATIONS,
-            "pass": "both" if backward else "fwd",
-            "seconds": {who: quartiles(samples) for who, samples in times.items()},
-            "ratios": {who: ratio(times, who, "lipfast") for who in times if who != "lipfast"},
-        }
-        print(_line(row), flush=True)
-        rows.append(row)
-    return rows
+    for direction in ("forward", "both"):
+        yield Problem(
+            name="local",
+            size=f"{size}, batch {batch}",
+            direction=direction,
+            turns={who: step.run(direction == "both") for who, step in candidates.items()},
+            work=_work(net, x, label, direction),
+            targets=TARGETS.get(size, {}).get(direction, {}),
+            facts={"iterations": ITERATIONS},
+            warm=0,  # long enough
+        )
+
+
+def _work(net: nn.Sequential, x: Tensor, label: Tensor, direction: str) -> Work:
+    """Each sample's products: those of the network, its box's two, two an iteration and one at the end; the backward pass
+    has two for each of the network's, of the box's, and of the last. The norms of the layers are shared by all samples."""
+    forth = 1 + 2 + 2 * ITERATIONS + 1
+    return work.of_network(net, x) * (forth if direction == "forward" else forth + 2 * (1 + 2 + 1))
 
 
 def problem(build: Callable[[], nn.Sequential], batch: int, device: str) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -187,13 +192,3 @@ def _their_margin(out: tuple, label: Tensor, peer: dict[str, Any], iterations: i
     rise = peer["BCP_translation"](mu, radius, center, half, weight, iterations, False)
     worst = logits + rise[torch.arange(len(label)), :, label].scatter(1, label[:, None], 0.0)
     return logits.gather(1, label[:, None]) - worst
-
-
-def _line(row: dict) -> str:
-    goal = TARGETS.get(row["network"], {}).get(row["pass"])
-    aimed = f" (target {goal})" if goal else ""
-    authors = f"authors {row['ratios']['authors']:.2f}x{aimed}" if "authors" in row["ratios"] else "authors not installed"
-    return (
-        f"{row['network']} local, batch {row['batch']} {row['pass']:5} {row['seconds']['lipfast'][1] * 1e3:8.2f} ms   "
-        f"nominal {row['ratios']['nominal']:.3f}x   scalar {row['ratios']['scalar']:.3f}x   {authors}"
-    )

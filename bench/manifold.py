@@ -1,7 +1,7 @@
 """Orthogonal matrices: the maps onto them and an optimiser's step on them, beside what a user would otherwise run.
 
-Maps: forward and backward pass of the operator, and of :func:`lipfast.nn.orthogonal`, which also multiplies by a base as do the
-parametrizations of torch and of geotorch (Lezcano-Casado 2019); all from the same skew matrix and random base. Re-projection:
+Maps: forward and backward pass of :func:`lipfast.nn.orthogonal`, which multiplies by a base as do the parametrizations of torch
+and of geotorch (Lezcano-Casado 2019); all from the same skew matrix and random base. Re-projection:
 the polar factor of a matrix that has drifted, beside a singular value decomposition. Steps: ManifoldAdam beside geoopt's
 RiemannianAdam (Kochurov et al. 2020) on both of its Stiefel manifolds, each on gradients of noise that change at every step,
 after the first steps, which are longer than all others; once without the lookahead, which geoopt lacks, and once with it, a
@@ -9,8 +9,8 @@ period of which is a sample. geotorch and geoopt may be missing.
 """
 
 import functools
-import importlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lipfast
-from bench.timing import quartiles, ratio, rounds
+from bench import peers
+from bench.ceilings import Work
+from bench.problem import OWN, Problem
 from lipfast.optim import ManifoldAdam
 
 SIZES = ((1024, 1024), (32, 256, 256))
@@ -28,7 +30,7 @@ DRIFTS = (1e-6, 1e-4, 1e-2)  # spectral norms, about
 LOOKAHEAD = 6  # steps, ManifoldAdam's default
 WARM = 10  # steps
 GRADIENTS = 5
-TARGETS = {"cayley": 1.7, "exponential": 7.0, "re-projection": 4.0, "step": 4.0, "lookahead": 4.0}  # the least ratios aimed at
+TARGETS = {"cayley": 1.7, "exponential": 7.0, "re-projection": 4.0, "step": 4.0}  # the least ratios aimed at
 _OPS = {"cayley": lipfast.cayley, "exponential": lipfast.skew_exponential}
 _SCALES = {"cayley": -2.0, "exponential": 1.0}  # theirs is (I + A/2)(I - A/2)^-1
 _TORCH = {"cayley": "cayley", "exponential": "matrix_exp"}
@@ -37,27 +39,32 @@ _AGREE = {"cayley": 1e-5, "exponential": 1e-4}  # torch's matrix_exp errs by sev
 _ORTHOGONAL = 1e-5
 
 
-def run(shape: tuple[int, ...], device: str, repeats: int) -> list[dict[str, Any]]:
-    rows = [_time(name, shape, _maps(name, shape, device), device, repeats) for name in _OPS]
+def problems(shape: tuple[int, ...], device: str) -> Iterator[Problem]:
+    size = "x".join(map(str, shape))
+    product = 2 * math.prod(shape) * shape[-1]
+    moved = 4 * math.prod(shape)
+    for name in _OPS:
+        flops = {"cayley": 5.5, "exponential": 9.5}[name] * product  # the op's, and the base's: one product there, one back
+        yield Problem(
+            name=f"orthogonal, {name}",
+            size=size,
+            direction="both",
+            turns=_maps(name, shape, device),
+            work=Work(5 * moved, round(flops)),
+            targets=dict.fromkeys(("torch.nn", "geotorch"), TARGETS[name]),
+            warm=1,
+        )
     for drift in DRIFTS:
-        rows.append(_time("re-projection", shape, _projections(drift, shape, device), device, repeats, drift=drift))
-    for name, steps, lookahead in (("step", 1, 0), ("lookahead", LOOKAHEAD, LOOKAHEAD)):
-        rows.append(_time(name, shape, _steps(steps, lookahead, shape, device), device, repeats, steps=steps))
-    return rows
-
-
-def _time(name: str, shape: tuple[int, ...], turns: dict[str, Callable], device: str, repeats: int, **options) -> dict:
-    times = rounds(turns, repeats, device, warm=1)
-    own = [who for who in times if who.startswith("lipfast")]
-    row = {
-        "manifold": name,
-        "shape": shape,
-        **options,
-        "seconds": {who: quartiles(samples) for who, samples in times.items()},
-        "ratios": {mine: {who: ratio(times, who, mine) for who in times if who not in own} for mine in own},
-    }
-    print(_line(row), flush=True)
-    return row
+        turns = _projections(drift, shape, device)
+        targets = {"svd": TARGETS["re-projection"]}
+        work = Work(2 * moved, round(1.5 * product))
+        yield Problem(f"polar, {drift:g} away", size, "forward", turns, work=work, targets=targets, warm=1)
+    for name, steps, lookahead in (("ManifoldAdam", 1, 0), ("ManifoldAdam, lookahead", LOOKAHEAD, LOOKAHEAD)):
+        # half a product for the skew gradient, half for its square, one for the step; the matrix, its gradient and moments
+        work = Work(7 * moved, 2 * product) * steps
+        turns = _steps(steps, lookahead, shape, device)
+        targets = {"geoopt canonical": TARGETS["step"]}
+        yield Problem(name, size, "forward", turns, work=work, targets=targets, facts={"steps": steps}, warm=1)
 
 
 class _Layer(nn.Module):
@@ -71,9 +78,9 @@ def _maps(name: str, shape: tuple[int, ...], device: str) -> dict[str, Callable]
     base = _orthogonal(shape, device)
     skew = lipfast.skew(torch.randn(shape, device=device) / shape[-1] ** 0.5)
     seed = torch.randn(shape, device=device)
-    layers: dict[str, Any] = {"lipfast.nn": lipfast.nn.orthogonal(_Layer(base), name)}
-    layers["torch"] = parametrizations.orthogonal(_Layer(base), orthogonal_map=_TORCH[name])
-    if geotorch := _installed("geotorch"):
+    layers: dict[str, Any] = {OWN: lipfast.nn.orthogonal(_Layer(base), name)}
+    layers["torch.nn"] = parametrizations.orthogonal(_Layer(base), orthogonal_map=_TORCH[name])
+    if geotorch := peers.installed("geotorch"):
         layers["geotorch"] = _Layer(base)
         geotorch.orthogonal(layers["geotorch"], "weight", triv=_GEOTORCH[name])
         layers["geotorch"].weight = base  # it starts from another
@@ -81,11 +88,10 @@ def _maps(name: str, shape: tuple[int, ...], device: str) -> dict[str, Callable]
     with torch.no_grad():
         want = base @ _OPS[name](skew)
         for who, layer in layers.items():
-            raw[who].copy_(skew if who == "lipfast.nn" else _SCALES[name] * skew.tril(-1))
+            raw[who].copy_(skew if who == OWN else _SCALES[name] * skew.tril(-1))
             assert (layer.weight - want).abs().max() <= _AGREE[name], who
-    leaf = skew.clone().requires_grad_()
     both = lambda who: lambda: torch.autograd.grad(layers[who].weight, raw[who], seed)
-    return {"lipfast": lambda: torch.autograd.grad(_OPS[name](leaf), leaf, seed), **{who: both(who) for who in layers}}
+    return {who: both(who) for who in layers}
 
 
 def _projections(drift: float, shape: tuple[int, ...], device: str) -> dict[str, Callable]:
@@ -97,7 +103,7 @@ def _projections(drift: float, shape: tuple[int, ...], device: str) -> dict[str,
         return U @ Vh
 
     assert (lipfast.polar(matrix) - svd()).abs().max() <= _ORTHOGONAL
-    return {"lipfast": lambda: lipfast.polar(matrix), "svd": svd}
+    return {OWN: lambda: lipfast.polar(matrix), "svd": svd}
 
 
 def _steps(steps: int, lookahead: int, shape: tuple[int, ...], device: str) -> dict[str, Callable]:
@@ -106,10 +112,10 @@ def _steps(steps: int, lookahead: int, shape: tuple[int, ...], device: str) -> d
     parameters = {"lipfast": nn.Parameter(start.clone())}
     groups = [{"params": [parameters["lipfast"]], "orthogonal": True}]
     optimisers: dict[str, torch.optim.Optimizer] = {"lipfast": ManifoldAdam(groups, lr=1e-3, lookahead=lookahead)}
-    if geoopt := _installed("geoopt"):
-        for manifold in (geoopt.CanonicalStiefel(), geoopt.EuclideanStiefel()):
-            parameters[manifold.name] = geoopt.ManifoldParameter(start.clone(), manifold=manifold)
-            optimisers[manifold.name] = geoopt.optim.RiemannianAdam([parameters[manifold.name]], lr=1e-3)
+    if geoopt := peers.installed("geoopt"):
+        for name, manifold in (("canonical", geoopt.CanonicalStiefel()), ("Euclidean", geoopt.EuclideanStiefel())):
+            parameters[f"geoopt {name}"] = parameter = geoopt.ManifoldParameter(start.clone(), manifold=manifold)
+            optimisers[f"geoopt {name}"] = geoopt.optim.RiemannianAdam([parameter], lr=1e-3)
     turns: dict[str, Callable[..., Any]] = {}
     for who, parameter in parameters.items():
         gradients = itertools.cycle(noise)
@@ -130,21 +136,3 @@ def _take(steps: int, optimiser: torch.optim.Optimizer, parameter: Tensor, gradi
 
 def _orthogonal(shape: tuple[int, ...], device: str) -> Tensor:
     return torch.linalg.qr(torch.randn(shape, device=device)).Q
-
-
-def _installed(package: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        return None
-
-
-def _line(row: dict) -> str:
-    name = row["manifold"] + (f" {row['drift']:g}" if "drift" in row else "")
-    name += f", {row['steps']} steps" if row.get("steps", 1) > 1 else ""
-    text = f"{name:20} {'x'.join(map(str, row['shape'])):11}"
-    for own, ratios in row["ratios"].items():
-        cells = "   ".join(f"{who} {times:.2f}x" for who, times in ratios.items()) or "geoopt not installed"
-        text += f" {own} {row['seconds'][own][1] * 1e3:9.3f} ms   {cells}   "
-    missing = row["manifold"] in _OPS and "geotorch" not in row["seconds"]
-    return f"{text}{'geotorch not installed   ' if missing else ''}(target {TARGETS[row['manifold']]})"

@@ -32,7 +32,7 @@ def run(name: str, batch: int, device: str) -> dict[str, Any] | None:
         f"{name} local, batch {batch} memory, nominal {bytes_['nominal'] / 2**20:.0f} MiB   {cells} (target {TARGET})",
         flush=True,
     )
-    return {"network": name, "bound": "local Lipschitz", "batch": batch, "bytes": bytes_, "ratios": ratios}
+    return {"name": "local, memory", "size": f"{name}, batch {batch}", "bytes": bytes_, "ratios_of_bytes": ratios}
 
 
 def _apart(name: str, batch: int, step: str) -> int:

@@ -4,22 +4,22 @@ Peers: the nominal network twice (the floor of any box), center and radius writt
 and auto_LiRPA's IBP where it is installed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.timing import quartiles, ratio, rounds
+from bench import timing, work
+from bench.problem import COMPILED, DEFINITION, OWN, Problem
 from lipfast import models
 from lipfast.bounds import interval
 from tests.checks import assert_near
 
 EPS = 2 / 255
 TARGETS = {  # the least ratio aimed at, by pass
-    "6C2F": {"fwd": {"auto_LiRPA": 2.5, "compiled": 1.1}, "both": {"auto_LiRPA": 1.8, "compiled": 1.5}},
+    "6C2F": {"forward": {"auto_LiRPA": 2.5, COMPILED: 1.1}, "both": {"auto_LiRPA": 1.8, COMPILED: 1.5}},
 }
 
 
@@ -36,7 +36,7 @@ def small() -> tuple[nn.Sequential, tuple[int, ...]]:
 NETWORKS = {"6C2F": lambda: (models.cifar_6c2f(), (3, 32, 32)), "MLP": mlp}
 
 
-def run(name: str, build: Callable, device: str, batch: int, repeats: int) -> list[dict[str, Any]]:
+def problems(size: str, build: Callable, batch: int, device: str) -> Iterator[Problem]:
     torch.manual_seed(0)
     net, shape = build()
     net = net.to(device)
@@ -48,20 +48,19 @@ def run(name: str, build: Callable, device: str, batch: int, repeats: int) -> li
             if peer != "nominal x2":  # never time a wrong box
                 for got, w in zip(bounds(), want, strict=True):
                     assert_near(got, w, torch.float32)
-    rows = []
-    for backward in (False, True):
-        turns = {peer: _pass(net, bounds, backward) for peer, bounds in candidates.items()}
-        times = rounds(turns, repeats, device)
-        row = {
-            "network": name,
-            "batch": batch,
-            "pass": "both" if backward else "fwd",
-            "seconds": {peer: quartiles(samples) for peer, samples in times.items()},
-            "ratios": {peer: ratio(times, peer, "lipfast") for peer in times if peer != "lipfast"},
-        }
-        print(_line(row), flush=True)
-        rows.append(row)
-    return rows
+    nominal = work.of_network(net, x)
+    for direction in ("forward", "both"):
+        turns = {peer: _pass(net, bounds, direction == "both") for peer, bounds in candidates.items()}
+        if device == "cuda":
+            turns |= timing.graphed("lipfast graph", turns[OWN])
+        yield Problem(
+            name="interval",
+            size=f"{size}, batch {batch}",
+            direction=direction,
+            turns=turns,
+            work=nominal * (2 if direction == "forward" else 6),  # center and radius
+            targets=TARGETS.get(size, {}).get(direction, {}),
+        )
 
 
 def _candidates(net: nn.Sequential, x: Tensor) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
@@ -71,10 +70,10 @@ def _candidates(net: nn.Sequential, x: Tensor) -> dict[str, Callable[[], tuple[T
 
     compiled = torch.compile(_by_hand, fullgraph=True, dynamic=False)
     candidates = {
-        "lipfast": lipfast_box,
+        OWN: lipfast_box,
         "nominal x2": lambda: (net(x), net(x)),
-        "by hand": lambda: _by_hand(net, x),
-        "compiled": lambda: compiled(net, x),
+        DEFINITION: lambda: _by_hand(net, x),
+        COMPILED: lambda: compiled(net, x),
     }
     try:
         from auto_LiRPA import BoundedModule, BoundedTensor
@@ -119,16 +118,3 @@ def _pass(net: nn.Module, bounds: Callable[[], tuple[Tensor, Tensor]], backward:
         return torch.autograd.grad((high - low).sum() + high.square().mean(), list(net.parameters()))
 
     return both
-
-
-def _line(row: dict) -> str:
-    peers = ("nominal x2", "by hand", "compiled", "auto_LiRPA")
-    targets = TARGETS.get(row["network"], {}).get(row["pass"], {})
-    cells = []
-    for peer in peers:
-        goal = f" (target {targets[peer]})" if peer in targets else ""
-        cells.append(f"{peer} {row['ratios'][peer]:.2f}x{goal}" if peer in row["ratios"] else f"{peer} not installed")
-    return (
-        f"{row['network']} batch {row['batch']} {row['pass']:5} {row['seconds']['lipfast'][1] * 1e3:8.2f} ms   "
-        + "   ".join(cells)
-    )

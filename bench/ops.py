@@ -1,75 +1,83 @@
-"""Ops against their references: first right, then fast."""
+"""Ops against their definitions and their peers: first right, then fast."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from bench import cases, floors, peers
-from bench.timing import quartiles, ratio, rounds
+from bench import cases, peers, timing, work
+from bench.ceilings import set_arithmetic
+from bench.problem import COMPILED, DEFINITION, OWN, Problem
 
-HEAD = f"{'op':22} {'case':42} {'dtype':9} {'pass':5} {'ms':>9} {'torch':>7} {'compiled':>8} {'floor ms':>9} {'x floor':>7}"
+OWN_COMPILED = "lipfast compiled"  # matters where torch.compile sees through the op
+OWN_GRAPH = "lipfast graph"
 
 
-def run(name: str, device: str, dtype: str, outward: bool, repeats: int, quick: bool, rate: dict[str, float]) -> list[dict]:
-    """Checks ``name``, then times it; prints one line per case and pass, and returns them."""
+def problems(name: str, device: str, dtype: str, outward: bool, quick: bool, beside: bool = True) -> Iterator[Problem]:
+    """Checks ``name`` on all of its test's cases, then yields its named sizes; ``beside``: compiled code and peers too."""
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-    floors.set_arithmetic("float32")
+    set_arithmetic("float32")
     cases.check(name, device, kind)
-    floors.set_arithmetic(dtype)
-    rows = []
-    for case in cases.tests(name).CASES[:1] if quick else cases.tests(name).LARGE:
+    set_arithmetic(dtype)
+    sizes = {"tiny": cases.tests(name).CASES[0]} if quick else cases.tests(name).LARGE
+    for size, case in sizes.items():
         call = cases.call(name, case, device, kind, outward)
         cases.check_value(call, torch.float16 if dtype == "tf32" else kind)  # both have 11 significant bits
-        if dtype in ("float32", "float64"):
-            peers.check(call)
+        functions = {OWN: call.op, DEFINITION: call.reference} | (_others(call, dtype, quick) if beside else {})
         for backward in (False, True):
-            row = _time(call, device, dtype, backward, repeats, quick, rate)
-            if row:
-                print(_line(row), flush=True)
-                rows.append(row)
-    return rows
+            problem = _problem(call, size, functions, device, dtype, backward)
+            if problem:
+                yield problem
 
 
-def _time(call: cases.Call, device, dtype, backward, repeats, quick, rate) -> dict[str, Any] | None:
-    torch.compiler.reset()
-    functions = {"lipfast": call.op, "torch": call.reference}
-    if not quick and (compiled := _compiled(call)):
-        functions["compiled"] = compiled
+def _others(call: cases.Call, dtype: str, quick: bool) -> dict[str, Callable]:
+    """What else takes part, each right on this case."""
+    functions: dict[str, Callable] = {}
+    if not quick:
+        torch.compiler.reset()
+        compiled = {COMPILED: _compiled(call, call.reference), OWN_COMPILED: _compiled(call, call.op)}
+        functions |= {who: f for who, f in compiled.items() if f}
     if dtype in ("float32", "float64"):
+        peers.check(call)
         functions |= peers.of(call)
-    bound = {name: call.bind(f) for name, f in functions.items()}
-    if backward:
-        bound = {name: f for name, f in bound.items() if any(o.requires_grad for o in f(*_leaves(call.args)))}
-        if "lipfast" not in bound:
-            return None
-    times = rounds({name: _candidate(f, call.args, backward) for name, f in bound.items()}, repeats, device)
-    outs = bound["lipfast"](*call.args)
-    return {
-        "op": call.name,
-        "case": call.case,
-        "options": call.options,
-        "dtype": dtype,
-        "pass": "both" if backward else "fwd",
-        "seconds": {name: quartiles(samples) for name, samples in times.items()},
-        "ratios": {name: ratio(times, name, "lipfast") for name in times if name != "lipfast"},
-        "floor": floors.floor(call, outs, backward, rate),
-    }
+    return functions
 
 
-def _compiled(call: cases.Call) -> Callable | None:
-    """The reference under torch.compile; None where it branches on data."""
-    function = torch.compile(call.reference, fullgraph=True, dynamic=False)
+def _compiled(call: cases.Call, function: Callable) -> Callable | None:
+    """None where it branches on data."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
     try:
-        call.bind(function)(*call.args)
+        outs = call.bind(compiled)(*call.args)
     except TorchDynamoException:
         return None
-    return function
+    for got, want in zip(outs, call.bind(call.op)(*call.args), strict=True):
+        cases.assert_near(got, want, torch.bfloat16 if want.dtype == torch.bfloat16 else torch.float16)
+    return compiled
 
 
-def _candidate(function: Callable, args: tuple, backward: bool) -> Callable[[], object]:
+def _problem(call: cases.Call, size: str, functions: dict, device: str, dtype: str, backward: bool) -> Problem | None:
+    bound = {who: call.bind(f) for who, f in functions.items()}
+    if backward:
+        bound = {who: f for who, f in bound.items() if any(o.requires_grad for o in f(*_leaves(call.args)))}
+        if OWN not in bound:
+            return None
+    outs = bound[OWN](*call.args)
+    turns = {who: _turn(f, call.args, backward) for who, f in bound.items()}
+    if device == "cuda" and not backward:
+        turns |= timing.graphed(OWN_GRAPH, turns[OWN])
+    return Problem(
+        name=call.name + (", outward" if call.options.get("outward") else ""),
+        size=size,
+        direction="both" if backward else "forward",
+        turns=turns,
+        dtype=dtype,
+        work=work.of_op(call, outs, backward),
+        facts={"options": call.options},
+    )
+
+
+def _turn(function: Callable, args: tuple, backward: bool) -> Callable[[], object]:
     if not backward:
         return torch.no_grad()(lambda: function(*args))
     leaves = _leaves(args)
@@ -81,22 +89,3 @@ def _candidate(function: Callable, args: tuple, backward: bool) -> Callable[[], 
 def _leaves(args: tuple) -> tuple:
     leaf = lambda t: t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
     return tuple(leaf(t) for t in args)
-
-
-def _text(part: object) -> str:
-    if isinstance(part, dict):
-        return " ".join(f"{name}={value}" for name, value in part.items())
-    return "x".join(map(str, part)) if isinstance(part, tuple) else str(part)
-
-
-def _line(row: dict) -> str:
-    case = " ".join(_text(c) for c in row["case"])
-    own, floor = row["seconds"]["lipfast"][1], row["floor"]
-    times = lambda name: f"{row['ratios'][name]:.2f}x" if name in row["ratios"] else "-"
-    beside = "".join(f"   {name} {times(name)}" for name in row["ratios"] if name not in ("torch", "compiled"))
-    ending = f"{floor * 1e3:9.4f} {own / floor:7.2f}" if floor else f"{'-':>9} {'-':>7}"
-    marked = row["op"] + (" outward" if row["options"].get("outward") else "")
-    return (
-        f"{marked:22} {case[:42]:42} {row['dtype']:9} {row['pass']:5} {own * 1e3:9.4f} {times('torch'):>7} "
-        f"{times('compiled'):>8} {ending}{beside}"
-    )

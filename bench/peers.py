@@ -1,10 +1,13 @@
-"""What a user would otherwise run instead of an op, on the same arguments.
+"""What a user would otherwise run instead of an op, on the same arguments: torch's own, a few lines by hand, other libraries.
 
 Spectral norms: torch's SVD, the largest eigenvalue of the Gram matrix, power iterations in a few lines without the op's care
-for scales and zeros. None of them is a bound.
+for scales and zeros. None of them is a bound. Orthogonal matrices: torch's solver, exponential and SVD, the series of
+orthogonium's Bjorck iteration and of deel-torchlip's. MaxMin: theirs, which pair neighbouring channels.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +20,67 @@ ACCURACY = 1e-3  # relative, between all of them; a bound may be above the norm 
 
 def of(call: Call) -> dict[str, Callable[..., Tensor]]:
     """The peers of an op on this case by their names; each takes the op's tensors and options."""
-    known = dict(_PEERS.get(call.name, {}))
+    known = {**_PEERS.get(call.name, {}), **_installed_peers(call)}
     if call.options.get("stride", [1, 1]) != [1, 1]:
         known.pop("fft", None)
     if any(t is None for t in call.args):  # written for masks and a start
         known.pop("by hand", None)
+    if call.options.get("p", 2) != 2:
+        known.pop("cdist", None)
     return known
 
 
 def check(call: Call) -> None:
     """Never time a wrong peer: all agree with the op where they compute what it does."""
     for name, peer in of(call).items():
-        if name != "fft":  # of the circular convolution, another operator
-            (want,), (got,) = call.bind(call.op)(*call.args), call.bind(peer)(*call.args)
-            got = got.to(want)
-            assert ((got - want).abs() <= ACCURACY * want.abs()).all(), (call.name, name, got, want)
+        (want,), (got,) = call.bind(call.op)(*call.args), call.bind(peer)(*call.args)
+        if name == "fft":  # of the circular convolution, another operator
+            continue
+        if call.name == "max_min":  # other pairs
+            want, got = want.sum(), got.sum()
+        assert ((got.to(want) - want).abs() <= ACCURACY * want.abs().amax()).all(), (call.name, name, got, want)
+
+
+def installed(package: str) -> Any | None:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        return None
+
+
+def _installed_peers(call: Call) -> dict[str, Callable[..., Tensor]]:
+    peers: dict[str, Callable[..., Tensor]] = {}
+    lip, ortho = installed("deel.torchlip.functional"), installed("orthogonium.layers.custom_activations")
+    if call.name == "max_min":
+        if lip:
+            peers["deel-torchlip"] = lip.group_sort_2
+        if ortho:
+            peers["orthogonium"] = ortho.MaxMin()
+    if call.name == "polar":
+        matrix = call.args[0]
+        if matrix.ndim == 2 and (norms := installed("deel.torchlip.normalizers")):
+            peers["deel-torchlip"] = norms.bjorck_normalization
+        if ortho and (maps := installed("orthogonium.reparametrizers")):
+            peers["orthogonium"] = maps.BatchedBjorckOrthogonalization(matrix.shape)
+    return peers
+
+
+def _polar_svd(matrix: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U @ Vh
+
+
+def _cayley_solve(skew: Tensor) -> Tensor:
+    A, eye = (skew - skew.mT) / 2, torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(eye + A, eye - A)
+
+
+def _matrix_exponential(skew: Tensor, squarings: int | None = None) -> Tensor:
+    return torch.linalg.matrix_exp((skew - skew.mT) / 2)
+
+
+def _distances(rows: Tensor, p: float) -> Tensor:
+    return torch.cdist(rows, rows, p)
 
 
 def _matrices(weight: Tensor, input_mask: Tensor | None, output_mask: Tensor | None) -> Tensor:
@@ -90,6 +139,10 @@ def _circular(weight: Tensor, input_size: Sequence[int], **options) -> Tensor:
 
 
 _PEERS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "cayley": {"solve": _cayley_solve},
+    "skew_exponential": {"matrix_exp": _matrix_exponential},
+    "polar": {"svd": _polar_svd},
+    "pairwise_distance": {"cdist": _distances},
     "spectral_norm_bound": {"svd": _matrix_norm, "eigvalsh": _gram_eigenvalue},
     "spectral_norm_estimate": {"by hand": _power_iteration},
     "conv2d_norm_bound": {"fft": _circular},

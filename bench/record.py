@@ -1,8 +1,10 @@
 """Where and with what a benchmark ran: a number without its machine and commit is not a result."""
 
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -13,10 +15,16 @@ import torch
 
 import lipfast
 
+SCHEMA = "lipfast-bench/2"
+RESULTS = Path(__file__).parent / "results"
+_PEERS = ("auto_LiRPA", "deel-torchlip", "geoopt", "geotorch", "orthogonium")
+
 
 def circumstances(device: str) -> dict[str, Any]:
     return {
+        "schema": SCHEMA,
         "machine": {
+            "name": machine(device),
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -29,12 +37,40 @@ def circumstances(device: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
             "triton": _version("triton"),
-            "auto_LiRPA": getattr(sys.modules.get("auto_LiRPA"), "__version__", None),
+            **{package: _version(package) for package in _PEERS},
         },
         "kernels": lipfast.loaded,
         "commit": _commit(),
         "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
     }
+
+
+def machine(device: str) -> str:
+    """The folder of a machine's results: ``amd-epyc``, ``nvidia-h200``."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_model()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises ValueError, in one line, for what is no result file of this schema."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: JSON expected: {error}") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {SCHEMA!r} expected, got {schema!r}")
+    return found
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """At once: whoever stops the run keeps what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".part")
+    half.write_text(json.dumps(found, indent=1) + "\n")
+    half.replace(path)
 
 
 def _cpu_model() -> str:

@@ -57,6 +57,25 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def ratio(times: Times, other: str, own: str) -> float:
-    """How many times longer ``other`` took than ``own``: the median over rounds, each a pair taken side by side."""
-    return statistics.median(a / b for a, b in zip(times[other], times[own], strict=True))
+def ratios(times: Times, other: str, own: str) -> list[float]:
+    """How many times longer ``other`` took than ``own`` in every round, each a pair taken side by side."""
+    return [a / b for a, b in zip(times[other], times[own], strict=True)]
+
+
+def graphed(name: str, run: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """``run`` as a captured CUDA graph, replayed without the host; nothing where it waits for the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    captured = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(captured):
+            run()
+    except RuntimeError as error:
+        print(f"note: no CUDA graph of {name}: {str(error).strip().partition(chr(10))[0]}")
+        torch.cuda.synchronize()
+        return {}
+    return {name: captured.replay}

@@ -21,7 +21,7 @@ CASES = [
 ]
 # Every mix of dtype and norm with one case, every case with one mix; values of all cases and norms are asked for below.
 MIXED_CASES = [(CASES[3], *mix) for mix in MIX] + [(case, *MIX[i % len(MIX)]) for i, case in enumerate(CASES) if i != 3]
-LARGE = [(256, 64, 16, 16, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)]
+LARGE = {"3x3, 64 to 64, 16x16, batch 256": (256, 64, 16, 16, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)}
 
 
 def inputs(B, C, H, W, O, kernel, stride, padding, dilation, groups, device, dtype):

@@ -9,9 +9,9 @@ from tests.checks import DTYPES, TOLERANCE, assert_near, check_op
 
 #        leading sizes, N
 CASES = [((), 5), ((), 1), ((0,), 4), ((2, 3), 17), ((), 0), ((), 65), ((2,), 129)]
-LARGE = [((), 512)]
+LARGE = {"1024x1024": ((), 1024), "32x256x256": ((32,), 256)}
 if torch.cuda.is_available():
-    LARGE += [((), 1024), ((64,), 256), ((), 4096)]
+    LARGE |= {"64x256x256": ((64,), 256), "4096x4096": ((), 4096)}
 
 
 def inputs(lead, N, device, dtype):
@@ -35,7 +35,7 @@ def test_op(case, dtype, device):
     check_op(module, (matrix,), gradient=matrix.numel() > 0)
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 def test_large(case, device):
     Q = cayley(inputs(*case, device, torch.float32))
     assert defect(Q) <= 4 * torch.finfo(Q.dtype).eps

@@ -12,9 +12,17 @@ KINDS = ["scalar", "matrix", "samples"]
 #        leading sizes, K
 SIZES = [((5,), 10), ((1,), 2), ((0,), 3), ((2, 3), 33), ((), 4), ((3,), 129)]
 CASES = [(*size, kind) for size in SIZES for kind in KINDS]
-LARGE = [((10_000,), 10, "matrix"), ((1024,), 1000, "matrix"), ((256,), 200, "samples")]
+LARGE = {
+    "10 classes, batch 10000": ((10_000,), 10, "matrix"),
+    "1000 classes, batch 1024": ((1024,), 1000, "matrix"),
+    "200 classes, local, batch 256": ((256,), 200, "samples"),
+}
 if torch.cuda.is_available():
-    LARGE += [((100_000,), 10, "matrix"), ((100_000,), 1000, "matrix"), ((100_000,), 1000, "scalar")]
+    LARGE |= {
+        "10 classes, batch 100000": ((100_000,), 10, "matrix"),
+        "1000 classes, batch 100000": ((100_000,), 1000, "matrix"),
+        "1000 classes, one constant": ((100_000,), 1000, "scalar"),
+    }
 
 
 def inputs(shape, n_classes, kind, device, dtype):

@@ -19,9 +19,9 @@ CASES = [
     ((3,), 0, 0),
     ((2,), 33, 65),
 ]
-LARGE = [((), 512, 512)]
+LARGE = {"1024x1024": ((), 1024, 1024), "8x256x512": ((8,), 256, 512)}
 if torch.cuda.is_available():
-    LARGE += [((), 2048, 2048), ((8,), 512, 2048)]
+    LARGE |= {"2048x2048": ((), 2048, 2048), "8x512x2048": ((8,), 512, 2048)}
 
 
 def inputs(lead, O, I, device, dtype):
@@ -40,7 +40,7 @@ def test_op_with_another_shift(dtype, device):
     check_op(module, (inputs((2,), 6, 9, device, dtype),), eps=0.1)
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 def test_large(case, device):
     matrix = inputs(*case, device, torch.float32)
     assert_near(cholesky_orthogonal(matrix), cholesky_orthogonal(matrix.double()), torch.float32)

@@ -9,7 +9,7 @@ from tests.checks import DTYPES, check_op
 
 #        shape of x, shape of the threshold
 CASES = [((3, 5), (5,)), ((2, 3, 4, 5), (3, 4, 5)), ((2, 3, 4, 5), (3, 1, 1)), ((7,), ()), ((0, 3), (3,)), ((1, 1), (1, 1))]
-LARGE = [((256, 64, 32, 32), (64, 32, 32))]
+LARGE = {"256x64x32x32": ((256, 64, 32, 32), (64, 32, 32))}
 
 
 def inputs(shape, threshold_shape, device, dtype):

@@ -38,7 +38,10 @@ UNEVEN = [  # circular too, but not a whole torus of outputs
     (4, 6, 5, 4, (3, 3), (1, 1), (2, 5), (1, 1), 1),
     (4, 3, 5, 4, (2, 2), (2, 3), (3, 2), (1, 1), 2),
 ]
-LARGE = [(64, 16, 16, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1), (64, 16, 16, 64, (4, 4), (2, 2), (1, 1), (1, 1), 1)]
+LARGE = {
+    "3x3, 64 to 64, 16x16": (64, 16, 16, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "4x4 stride 2, 64 to 64, 16x16": (64, 16, 16, 64, (4, 4), (2, 2), (1, 1), (1, 1), 1),
+}
 
 # The op also returns the deciding frequency.
 op = torch.ops.lipfast.conv2d_norm_bound
@@ -125,7 +128,7 @@ def test_one_by_one_kernel_has_the_norm_of_its_matrix(device):
 
 
 def test_more_iterations_tighten(device):
-    weight, options = inputs(*LARGE[0], device, torch.float32)
+    weight, options = inputs(*next(iter(LARGE.values())), device, torch.float32)
     few, some, many = (conv2d_norm_bound(weight, **options, explicit=0, iterations=t) for t in (0, 2, 12))
     assert many < some < few
 

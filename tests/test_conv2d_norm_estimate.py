@@ -18,10 +18,11 @@ CASES = [
     (2, None, 2, None, 4, 6, 5, 6, (4, 4), (2, 2), (1, 1), (1, 1), 2),
     (3, 1, None, 3, 2, 3, 3, 4, (5, 5), (1, 1), (2, 2), (1, 1), 1),
 ]
-LARGE = [
-    (None, 256, 256, 1, 64, 16, 16, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, {"iterations": 2}),
-    (None, 256, 256, 1, 32, 32, 32, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1, {"iterations": 2}),
-]
+_SAME = ((3, 3), (1, 1), (1, 1), (1, 1), 1, {"iterations": 2})
+LARGE = {
+    "3x3, 64 to 64, 16x16, 256 masks": (None, 256, 256, 1, 64, 16, 16, 64, *_SAME),
+    "3x3, 32 to 32, 32x32, 256 masks": (None, 256, 256, 1, 32, 32, 32, 32, *_SAME),
+}
 
 # The op also returns its left vectors, and only sigma has a gradient.
 op = torch.ops.lipfast.conv2d_norm_estimate

@@ -9,7 +9,7 @@ from tests.checks import DTYPES, check_op
 
 #        leading sizes, I, O
 CASES = [((3,), 5, 4), ((1,), 1, 1), ((0,), 5, 4), ((2, 3), 129, 33), ((7,), 64, 0), ((), 6, 3)]
-LARGE = [((256,), 3072, 512), ((1024,), 4096, 4096)]
+LARGE = {"3072 to 512, batch 256": ((256,), 3072, 512), "4096 to 4096, batch 1024": ((1024,), 4096, 4096)}
 
 
 def inputs(shape, n_in, n_out, device, dtype):

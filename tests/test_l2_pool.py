@@ -8,7 +8,7 @@ from lipfast import l2_pool
 from tests.checks import DTYPES, TOLERANCE, check_op
 
 CASES = [((2, 3, 3, 5),), ((1, 1, 1, 1),), ((0, 4, 2, 2),), ((2, 0, 2, 2),), ((3, 5, 16, 16),), ((2, 2, 1, 7),)]
-LARGE = [((256, 1024, 16, 16),)]
+LARGE = {"256x1024x16x16": ((256, 1024, 16, 16),)}
 
 
 def inputs(shape, device, dtype):

@@ -8,7 +8,7 @@ from lipfast import max_min
 from tests.checks import DTYPES, check_op
 
 CASES = [((3, 6),), ((2, 4, 3, 5),), ((1, 2),), ((0, 4),), ((2, 0),), ((2, 2, 7),)]
-LARGE = [((256, 64, 32, 32),)]
+LARGE = {"256x64x32x32": ((256, 64, 32, 32),)}
 
 
 def inputs(shape, device, dtype):

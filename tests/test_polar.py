@@ -11,6 +11,9 @@ from tests.test_cayley import defect
 #        leading sizes, O, I
 SIZES = [((), 5, 5), ((), 1, 1), ((0,), 4, 3), ((2, 3), 17, 9), ((2,), 9, 17), ((), 0, 3), ((), 3, 0), ((2,), 64, 64)]
 CASES = [(*size, spread) for size in SIZES for spread in (0.01, 0.7)]
+LARGE = {"1024x1024, within 1e-3": ((), 1024, 1024, 1e-3), "32x256x256, within 1e-3": ((32,), 256, 256, 1e-3)}
+if torch.cuda.is_available():
+    LARGE |= {"64x256x256, within 1e-3": ((64,), 256, 256, 1e-3), "4096x4096, within 1e-3": ((), 4096, 4096, 1e-3)}
 
 
 def inputs(lead, O, I, spread, device, dtype):

@@ -11,9 +11,9 @@ from tests.test_cayley import defect, skew_of_norm
 
 #        leading sizes, N
 CASES = [((), 5), ((), 1), ((0,), 4), ((2, 3), 17), ((), 0), ((2,), 65)]
-LARGE = [((), 512)]
+LARGE = {"1024x1024": ((), 1024), "32x256x256": ((32,), 256)}
 if torch.cuda.is_available():
-    LARGE += [((), 1024), ((64,), 256), ((), 4096)]
+    LARGE |= {"64x256x256": ((64,), 256), "4096x4096": ((), 4096)}
 
 
 def inputs(lead, N, device, dtype):
@@ -28,7 +28,7 @@ def test_op(case, dtype, squarings, device):
     check_op(module, (matrix,), gradient=matrix.numel() > 0, squarings=squarings)
 
 
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
 def test_large(case, device):
     Q = skew_exponential(inputs(*case, device, torch.float32))
     assert defect(Q) <= 20 * torch.finfo(Q.dtype).eps

@@ -15,7 +15,7 @@ CASES = [
     ((3, 6, 4, 1), {"ratio": 1 / 6}),
     ((2, 3, 2, 2), {"ratio": 0.0}),
 ]
-LARGE = [((256, 1024, 16, 16), {"ratio": 0.125})]
+LARGE = {"256x1024x16x16": ((256, 1024, 16, 16), {"ratio": 0.125})}
 
 
 def inputs(shape, device, dtype):

@@ -20,7 +20,7 @@ CASES = [
     ((), (3,), (3,), 0, 4),
     ((2,), None, None, 4, 0),
 ]
-LARGE = [((), None, None, 1024, 1024), ((), (16,), (16,), 512, 512)]
+LARGE = {"1024x1024": ((), None, None, 1024, 1024), "512x512, 16 masks": ((), (16,), (16,), 512, 512)}
 
 SVD = 1 - TOLERANCE[torch.float64]  # what the computed singular values may be wrong by: about min(O, I) eps
 

@@ -20,10 +20,10 @@ CASES = [
     ((), (3,), (3,), None, 0, 4, {"iterations": 2}),
     ((2,), None, None, None, 4, 0, {"iterations": 2}),
 ]
-LARGE = [
-    ((), (256,), (256,), (), 512, 512, {"iterations": 5}),
-    ((), (256,), (256,), (), 512, 4096, {"iterations": 2}),
-]
+LARGE = {
+    "512x512, 256 masks": ((), (256,), (256,), (), 512, 512, {"iterations": 5}),
+    "512x4096, 256 masks": ((), (256,), (256,), (), 512, 4096, {"iterations": 2}),
+}
 
 # The op also returns its left vectors, and only sigma has a gradient.
 op = torch.ops.lipfast.spectral_norm_estimate
