@@ -17,10 +17,10 @@ PYTHON := $(if $(VENV),$(VENV)/bin/python,$(PY))
 READY := $(subst $() ,\ ,$(ENV))/.lipfast
 COMPILED := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/* csrc/*/* kernels/*)
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench bench-check gpu wheels wheels-test clean
 help:
 	@grep -E '^#( |$$)' Makefile | head -n 5 | cut -c 3-
-	@echo "targets: demo test lint bench gpu clean"
+	@echo "targets: demo test lint bench bench-check gpu wheels wheels-test clean"
 
 demo: $(READY)
 	rm -rf "$(RUN)"
@@ -37,12 +37,26 @@ lint: $(READY)-dev
 	"$(BIN)/mypy"
 	git ls-files -z -co --exclude-standard 'csrc/*' 'kernels/*.cu' 'kernels/*.cuh' | xargs -0r "$(BIN)/clang-format" --dry-run -Werror
 
+# Into bench/results/<machine>/bench.json.
 bench: $(READY)
-	"$(PYTHON)" -m bench $(BENCH_ARGS)
+	"$(PYTHON)" -m bench $(BENCH_ARGS) --json
+
+# Fails when an op has lost more than 15 % against the committed results of this machine, twice in a row.
+bench-check: $(READY)
+	"$(PYTHON)" -m bench --check
 
 # On a machine with a GPU, and without a network: builds, tests, sanitizes, measures.
 gpu:
 	bash tools/gpu.sh
+
+# One wheel for each, into dist/: make wheels CUDA="cpu 13.0 13.x". 13.0 runs under every driver for CUDA 13.
+CUDA = cpu 13.0
+wheels: $(READY)
+	"$(PYTHON)" tools/wheels.py $(CUDA)
+
+# Each in a fresh environment: make wheels-test SMOKE_ARGS="--torch 2.10.0 newest"
+wheels-test: $(READY)
+	"$(PYTHON)" tools/smoke.py dist/*.whl $(SMOKE_ARGS)
 
 clean:
 	rm -rf build dist .venv

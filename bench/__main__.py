@@ -1,7 +1,9 @@
 """``python -m bench [NAME ...]``: checks ops and whole bounds, then times them beside what a user would otherwise run."""
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,8 @@ def main() -> int:
 
 
 def _measure(a: argparse.Namespace) -> int:
+    warnings.simplefilter("ignore")  # what peers and torch.compile remark would stand between the lines
+    logging.disable(logging.INFO)
     facts = record.circumstances(a.device)
     print(
         "lipfast {lipfast}, torch {torch}".format(**facts["versions"]), "on", facts["machine"]["gpu"] or facts["machine"]["cpu"]

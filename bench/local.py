@@ -59,6 +59,7 @@ def problems(size: str, build: Callable[[], nn.Sequential], batch: int, device: 
             targets=TARGETS.get(size, {}).get(direction, {}),
             facts={"iterations": ITERATIONS},
             warm=0,  # long enough
+            most=5,
         )
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from bench.cases import Call
 
 ACCURACY = 1e-3  # relative, between all of them; a bound may be above the norm by as much
+_FFT = "fft, circular"  # another operator, nearby
 
 
 def of(call: Call) -> dict[str, Callable[..., Tensor]]:
     """The peers of an op on this case by their names; each takes the op's tensors and options."""
     known = {**_PEERS.get(call.name, {}), **_installed_peers(call)}
     if call.options.get("stride", [1, 1]) != [1, 1]:
-        known.pop("fft", None)
+        known.pop(_FFT, None)
     if any(t is None for t in call.args):  # written for masks and a start
         known.pop("by hand", None)
     if call.options.get("p", 2) != 2:
@@ -34,7 +35,7 @@ def check(call: Call) -> None:
     """Never time a wrong peer: all agree with the op where they compute what it does."""
     for name, peer in of(call).items():
         (want,), (got,) = call.bind(call.op)(*call.args), call.bind(peer)(*call.args)
-        if name == "fft":  # of the circular convolution, another operator
+        if name == _FFT:
             continue
         if call.name == "max_min":  # other pairs
             want, got = want.sum(), got.sum()
@@ -145,6 +146,6 @@ _PEERS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "pairwise_distance": {"cdist": _distances},
     "spectral_norm_bound": {"svd": _matrix_norm, "eigvalsh": _gram_eigenvalue},
     "spectral_norm_estimate": {"by hand": _power_iteration},
-    "conv2d_norm_bound": {"fft": _circular},
+    "conv2d_norm_bound": {_FFT: _circular},
     "conv2d_norm_estimate": {"by hand": _convolution_power_iteration},
 }

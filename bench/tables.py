@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import compare, record
+from bench import cases, compare, record
 from bench.ops import OWN_COMPILED
 from bench.problem import COMPILED, DEFINITION, OWN
 
@@ -34,11 +34,14 @@ def between(text: str, table: str) -> str:
 
 
 def short(found: list[tuple[Path, dict[str, Any]]]) -> str:
-    """Every op and bound at its last size in float32."""
+    """Every op at the last of its sizes and every bound at the first, in float32."""
     lines = []
     for _, run in found:
-        last = {name: size for name, size, dtype, _ in compare.rows(run) if dtype == "float32"}
-        lines += [line for (name, size, dtype), line in _lines(run).items() if dtype == "float32" and last[name] == size]
+        sizes: dict[str, str] = {}
+        for name, size, dtype, _ in compare.rows(run):
+            if dtype == "float32" and (name not in sizes or name in cases.names()):
+                sizes[name] = size
+        lines += [line for (name, size, dtype), line in _lines(run).items() if dtype == "float32" and sizes[name] == size]
     return HEAD + "".join(lines)
 
 
@@ -120,18 +123,14 @@ def plot(run: dict[str, Any], path: Path) -> None:
     }
     rates = {int(size): rate for size, rate in run["ceilings"]["bytes_per_second"].items()}
     top = run["ceilings"]["flops_per_second"]["float32"]
+    memory = rates[max(rates)]
+    low, high = min(top / memory, *(x for x, _ in points.values())) / 4, max(x for x, _ in points.values()) * 4
     figure, axes = pyplot.subplots(figsize=(10, 6.5), layout="constrained")
-    low, high = min(x for x, _ in points.values()) / 2, max(x for x, _ in points.values()) * 2
-    for label, rate, style in (("memory", rates[max(rates)], "-"), ("fastest cache", max(rates.values()), ":")):
-        if label == "memory" or run["machine"]["gpu"] is None:
-            corner = top / rate
-            axes.plot(
-                [low, max(low, corner), high],
-                [low * rate, top, top],
-                "k" + style,
-                linewidth=1,
-                label=f"{label}, {rate / 1e9:.0f} GB/s",
-            )
+    lines = {f"memory, {memory / 1e9:.1f} GB/s": (memory, "k-")}
+    if run["machine"]["gpu"] is None:
+        lines[f"fastest cache, {max(rates.values()) / 1e9:.0f} GB/s"] = max(rates.values()), "k:"
+    for label, (rate, style) in lines.items():
+        axes.plot([low, top / rate, high], [low * rate, top, top], style, linewidth=1, label=label)
     for n, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
         axes.plot(x, y, "o", color=f"C{n % 10}", markersize=5)
         axes.annotate(name, (x, y), xytext=(5, -3 if n % 2 else 3), textcoords="offset points", fontsize=8, color=f"C{n % 10}")

@@ -1,4 +1,4 @@
-"""``pytest bench --benchmark-enable --benchmark-only``: the ops' named sizes under pytest-benchmark, to compare and to plot."""
+"""``pytest bench``: the forward pass of the ops' named sizes under pytest-benchmark, which keeps, compares and plots runs."""
 
 import pytest
 import torch
@@ -6,6 +6,14 @@ import torch
 from bench import cases
 
 SIZES = [(name, size) for name in cases.names() for size in cases.tests(name).LARGE]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES, ids=str)

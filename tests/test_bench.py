@@ -86,7 +86,9 @@ def test_refuses_what_is_no_result_file(text, tmp_path, monkeypatch, capsys):
     (tmp_path / "file.json").write_text(text)
     assert run(monkeypatch, "--compare", tmp_path / "file.json", tmp_path / "file.json") == 2
     assert run(monkeypatch, "--tables", tmp_path / "nowhere.json") == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"bench: {tmp_path / 'file.json'}: ")
+    assert second.startswith(f"bench: {tmp_path / 'nowhere.json'}: cannot be read")
 
 
 def test_verdicts_respect_the_spread(keep, monkeypatch, capsys):

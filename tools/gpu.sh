@@ -82,14 +82,13 @@ sanitize() {
 }
 
 bench() {
-  local gpu results status=0
+  local machine results status=0
   cd "$site" || return 1
-  gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))") || return 1
-  results="$root/bench/results/$gpu/$(date -u +%Y-%m-%d)"
-  "$python" -m bench --device cuda --dtype float32 tf32 bfloat16 --json "$results.json" || status=1
-  "$python" -m bench --device cuda --peers --large liplt grafting --json "$results-networks.json" || status=1
-  "$python" -m bench --device cuda --large lipnext --json "$results-lipnext.json" || status=1
-  if [ -n "${OUT:-}" ]; then cp -R "$root/bench/results/$gpu" "$OUT/"; fi
+  machine=$("$python" -c "from bench import record; print(record.machine('cuda'))") || return 1
+  results="$root/bench/results/$machine"
+  "$python" -m bench --device cuda --dtype float32 tf32 bfloat16 --json "$results/bench.json" || status=1
+  "$python" -m bench large --device cuda --json "$results/large.json" || status=1
+  if [ -n "${OUT:-}" ]; then cp -R "$results" "$OUT/"; fi
   return $status
 }
 
