@@ -12,17 +12,18 @@ if(NOT TORCH_DIR)
     COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/find_torch.py"
     OUTPUT_VARIABLE TORCH_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
 endif()
-if(NOT EXISTS "${TORCH_DIR}/include/torch/csrc/stable/library.h")
+if(NOT EXISTS "${TORCH_DIR}/version.py")
   message(FATAL_ERROR
-    "lipfast: no PyTorch 2.10 or newer beside ${Python_EXECUTABLE}. Install one first (pip install torch==2.13.0), "
-    "build with --no-build-isolation, or set LIPFAST_TORCH_DIR=<site-packages>/torch.")
+    "lipfast: no PyTorch beside ${Python_EXECUTABLE}; 2.10 or newer is needed. Install one first (pip install "
+    "torch==2.13.0), build with --no-build-isolation, or set LIPFAST_TORCH_DIR=<site-packages>/torch.")
 endif()
 
-file(READ "${TORCH_DIR}/include/torch/headeronly/version.h" header)
-string(REGEX MATCH "TORCH_VERSION_MAJOR ([0-9]+)" _ "${header}")
+file(STRINGS "${TORCH_DIR}/version.py" version REGEX "^__version__ = ")
+string(REGEX MATCH "([0-9]+\\.[0-9]+)[^'\"]*" version "${version}")
 set(TORCH_HEADERS "${CMAKE_MATCH_1}")
-string(REGEX MATCH "TORCH_VERSION_MINOR ([0-9]+)" _ "${header}")
-string(APPEND TORCH_HEADERS ".${CMAKE_MATCH_1}")
+if(TORCH_HEADERS VERSION_LESS 2.10)
+  message(FATAL_ERROR "lipfast: PyTorch 2.10 or newer is needed, got ${version} in ${TORCH_DIR}.")
+endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${TORCH_DIR}/include")

@@ -5,6 +5,9 @@ import os
 
 import torch
 
+if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 10):
+    raise ImportError(f"lipfast: torch 2.10 or newer is needed, got {torch.__version__}")
+
 
 def load() -> dict[str, bool]:
     """Which libraries are in the process now. LIPFAST_CPU_CAPABILITY=none leaves every op to its reference."""
