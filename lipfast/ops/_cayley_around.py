@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast.ops._matrices import in_parts, transposed
-from lipfast.ops.cayley import by_halves, gradient, slope
+from lipfast.ops.cayley import by_halves, gradient, precise, slope
 
 _LARGE = 2  # |A|, beyond which float32 is not enough
 _ITERATIONS = 3
@@ -70,8 +70,9 @@ def _gradient(G: Tensor, base: Tensor, W: Tensor, Q: Tensor) -> Tensor:
 
 def _transform(matrix: Tensor) -> Tensor:
     double = matrix - transposed(matrix)
-    small = _norm_estimate(double) <= 2 * _LARGE  # NaN is not
-    return by_halves(double, torch.float32 if small else torch.float64).to(matrix.dtype)
+    if _norm_estimate(double) <= 2 * _LARGE:  # NaN is not
+        return by_halves(double, torch.float32)
+    return precise(double).to(matrix.dtype)
 
 
 def _norm_estimate(A: Tensor) -> float:

@@ -10,9 +10,10 @@ values sqrt(1 + t^2) for the eigenvalues i t of A: it is never singular. Since (
 so the gradient takes two products and no second solve.
 
 float32 is computed in float64, by halves and without pivots: matrix products do nearly all of the work, which is several
-times as quick as a pivoted factorisation. It is safe as the symmetric part of I + A, and so of every Schur complement, is at
-least I; but a complement may be as large as |A|^2, which only float64 bears. float64 input is factorised with pivots, and
-one Newton step (Bjorck & Bowie 1971) takes its loss of orthogonality, about eps |A|, away.
+times as quick as a pivoted factorisation. The symmetric part of I + A, and so of every Schur complement, is at least I; but
+a complement may be as large as |A|^2, which float64 bears up to |A| of some thousands. Beyond, on a CPU, and for float64 input,
+the matrix is factorised with pivots, and one Newton step (Bjorck & Bowie 1971) takes the loss of orthogonality, about eps |A|,
+away. (On CUDA, to look at |A| would be to wait for it.)
 """
 
 import math
@@ -26,6 +27,7 @@ from lipfast.ops._matrices import in_parts, symmetric_product, transposed
 from lipfast.rounding import accumulator
 
 _SIDE = 32  # of a matrix that is inverted whole
+_SAFE = 2e3  # the largest |A|_F for which no pivots are needed
 
 
 def cayley(
@@ -42,9 +44,9 @@ def cayley(
 
     Dtypes: float64, float32 (computed in float64), and bfloat16/float16 (in float32, then rounded); CPU and CUDA.
     Raises: ValueError if the dtype does not fit or the matrix is not square. Nothing waits for the device.
-    Accuracy: ``|Q^T Q - I|_2`` stays below 4 eps in float32 and 4 sqrt(N) eps in float64, for ``|A|_2`` up to 1e6 and N up to
-        512 as tested; an error of A, its rounding to begin with, moves Q by up to twice its size. Half types add
-        their own rounding, and are orthogonal only to that. NaN or Inf in a matrix makes all of it NaN.
+    Accuracy: ``|Q^T Q - I|_2`` stays below 4 eps in float32 and 4 sqrt(N) eps in float64, for ``|A|_2`` up to 1e6 (in float32
+        on CUDA 1e3) and N up to 1024 as tested; an error of A, its rounding to begin with, moves Q by up to twice its size.
+        Half types add their own rounding, and are orthogonal only to that. NaN or Inf in a matrix makes all of it NaN.
     Gradient: skew, two products.
 
     >>> cayley(torch.tensor([[0., -1.], [1., 0.]]))
@@ -88,7 +90,14 @@ def slope(left: Tensor, Q: Tensor) -> Tensor:
 
 
 def _by_halves(matrix: Tensor) -> Tensor:
-    return by_halves(matrix - transposed(matrix), torch.float64).to(matrix.dtype)
+    return precise(matrix - transposed(matrix)).to(matrix.dtype)
+
+
+def precise(double: Tensor) -> Tensor:
+    """Of ``double = 2 A`` in float32, to more than its precision; float64."""
+    if double.device.type == "cpu" and not (torch.linalg.matrix_norm(double) <= 2 * _SAFE).all():  # NaN is not
+        return _with_pivots(double.double() / 2)
+    return by_halves(double, torch.float64)
 
 
 def by_halves(double: Tensor, dtype: torch.dtype) -> Tensor:
