@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kNorm == 2) {
     distance = sqrt(sum);
     // below, the rounding of a million squares to subnormal numbers could show
-    constexpr W kLeast = sizeof(W) == 4 ? W(0x1p-100) : W(0x1p-1000);
+    constexpr W kLeast = W(sizeof(W) == 4 ? 0x1p-100 : 0x1p-1000);
     const bool outside = i != j && (sum < kLeast || sum > kLargest<W>);
     for (unsigned waiting = __ballot_sync(kFullWarp, outside); waiting != 0;) {
       const int64_t chosen = __shfl_sync(kFullWarp, pair, __ffs(waiting) - 1);
