@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -26,6 +27,14 @@ void* scratch(int which, int64_t bytes);
 
 int dtype_of(const Tensor& t);
 inline int64_t wide_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
+
+// The op's definition in Python, where PyTorch's own kernels take less time; bench/NOTES.md records where.
+template <typename... A>
+auto definition_of(const char* name, const A&... arguments) {
+  std::array<StableIValue, 12> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
 
 // gamma of lipfast.rounding for plain sums on the CPU; -1 where no outward rounding is asked for.
 double gamma_of(bool outward, int64_t terms, int dtype);

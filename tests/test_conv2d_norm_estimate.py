@@ -75,6 +75,14 @@ def test_op(case, dtype, device):
     check_op(SIGMA, args, **options, iterations=3)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_takes_a_batch_in_parts(case, device, monkeypatch):
+    monkeypatch.setattr(module, "_PART", 1)  # one sample in each
+    args, options = inputs(*case, device, torch.float64)
+    check_op(VECTORS, args, gradient=False, **options, iterations=3)
+    check_op(SIGMA, args, **options, iterations=3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("iterations", [0, 1, 5, 40])
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,6 +1,7 @@
 """What only the compiled CPU kernels can get wrong: instruction sets, transforms, threads, and where a NaN ends up."""
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import sys
 import pytest
 import torch
 
+import lipfast.ops.certified_radius as radius_module
 import lipfast.ops.interval_conv2d as module
-from lipfast import interval_conv2d, interval_linear, loaded
-from tests.checks import assert_near
+import lipfast.ops.interval_linear as interval_linear_module
+from lipfast import certified_radius, interval_conv2d, interval_linear, loaded
+from tests.checks import DTYPES, assert_near
 from tests.test_interval_conv2d import inputs
 
 pytestmark = pytest.mark.skipif(not loaded["cpu"], reason="the CPU kernels are not built")
@@ -32,6 +35,11 @@ OTHER = [
     (2, 12, 9, 7, 18, (3, 2), (3, 2), (2, 1), (2, 1), 3),
     (1, 3, 40, 5, 34, (5, 1), (2, 1), (0, 0), (1, 1), 1),
 ]
+HANDED_OVER = [  # in float32, to PyTorch's convolutions
+    (2, 256, 4, 3, 128, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 16, 9, 8, 4, (3, 3), (1, 1), (1, 1), (1, 1), 4),
+]
+OTHER += HANDED_OVER
 
 
 def answers(case, dtype, outward=False):
@@ -56,9 +64,46 @@ def test_equals_the_reference_at_every_boundary(case, dtype):
         assert_near(g, w, dtype, slack=2)
 
 
+@pytest.mark.parametrize("case", HANDED_OVER, ids=str)
+def test_hands_over_what_pytorch_does_faster(case):
+    args, options = inputs(*case, "cpu", torch.float32)
+    for got, want in zip(interval_conv2d(*args, **options), module.reference(*args, **options), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_hands_over_large_gradients():
+    x, seed, weight = torch.randn(2**14, 257), torch.randn(2**14, 257), torch.randn(257, 257)
+    args = (seed, seed + 1, x, x + 1, weight, True, True)
+    got, want = torch.ops.lipfast.interval_linear_backward(*args), interval_linear_module.backward_reference(*args)
+    assert all(map(torch.equal, got, want))
+
+
+def radii(dtype, function=certified_radius, closest=torch.ops.lipfast.certified_radius_closest):
+    """Of logits and constants with every special number, and with ties: radius, prediction and closest class."""
+    torch.manual_seed(0)
+    answers = []
+    for B, K in ((70, 2), (37, 10), (3, 16), (5, 133)):
+        logits = torch.randn(B, K, dtype=dtype)
+        logits[::3] = logits[::3].round()
+        limits = torch.finfo(dtype)
+        special = torch.tensor([math.nan, math.inf, -math.inf, limits.max, -limits.max, 0.0, -0.0, limits.tiny], dtype=dtype)
+        for constants in (torch.rand((), dtype=dtype), torch.rand(K, K, dtype=dtype), torch.rand(B, K, K, dtype=dtype)):
+            for t in (logits, constants):
+                some = torch.rand(t.shape) < 0.3 / K
+                t[some] = special[torch.randint(len(special), (int(some.sum()),))]
+            answers += [*function(logits, constants), closest(logits, constants)]
+    return answers
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_radii_are_the_references_to_the_bit(dtype):
+    for got, want in zip(radii(dtype), radii(dtype, radius_module.reference, radius_module.closest_reference), strict=True):
+        assert torch.equal(got, want)
+
+
 SCRIPT = """
 import sys, torch
-from tests.test_cpu_kernels import OTHER, TRANSFORMED, answers
+from tests.test_cpu_kernels import DTYPES, OTHER, TRANSFORMED, answers, radii
 from lipfast import interval_linear
 torch.manual_seed(0)
 out = [answers(case, dtype, outward) for case in TRANSFORMED + OTHER
@@ -67,7 +112,8 @@ for B, I, O in ((1, 70, 5), (3, 67, 9), (13, 700, 70)):
     x, w = torch.randn(B, I), torch.randn(O, I, requires_grad=True)
     box = interval_linear(x, x + 1, w)
     out.append([*box, *torch.autograd.grad(sum(b.square().sum() for b in box), w)])
-torch.save((torch.ops.lipfast.cpu_capability(), [[t.detach() for t in o] for o in out]), sys.stdout.buffer)
+exact = [t for dtype in DTYPES for t in radii(dtype)]
+torch.save((torch.ops.lipfast.cpu_capability(), [[t.detach() for t in o] for o in out], exact), sys.stdout.buffer)
 """
 
 
@@ -85,18 +131,21 @@ def here():
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_answers(capability, here):
-    name, got = in_process(LIPFAST_CPU_CAPABILITY=capability)
+    name, got, exact = in_process(LIPFAST_CPU_CAPABILITY=capability)
     if name != capability:
         pytest.skip(f"this machine has no {capability}")
     for g, w in zip(got, here[1], strict=True):
         for a, b in zip(g, w, strict=True):
             assert_near(a, b, a.dtype, slack=2)
+    assert all(map(torch.equal, exact, here[2]))
 
 
 def test_answers_do_not_depend_on_the_number_of_threads(here):
-    for got, want in zip(in_process(OMP_NUM_THREADS="3")[1], here[1], strict=True):
+    _, answers, exact = in_process(OMP_NUM_THREADS="3")
+    for got, want in zip(answers, here[1], strict=True):
         for g, w in zip(got, want, strict=True):
             assert torch.equal(g, w)
+    assert all(map(torch.equal, exact, here[2]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

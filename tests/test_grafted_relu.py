@@ -34,6 +34,14 @@ def test_op(case, dtype, device):
     check_op(module, inputs(*case, device, dtype))
 
 
+@pytest.mark.parametrize(
+    ("mask_shape", "line_shape"), [((3, 4), (3, 4)), ((1, 3, 1), (4,)), ((5, 3, 4), (3, 4)), ((3, 4), (5, 1, 1)), ((), ())]
+)
+def test_takes_a_batch_in_parts(mask_shape, line_shape, device, monkeypatch):
+    monkeypatch.setattr("lipfast.ops._matrices._PART", 2 * 3 * 4)  # two samples in each
+    check_op(module, inputs((5, 3, 4), mask_shape, line_shape, device, torch.float64))
+
+
 def test_is_relu_to_the_bit_where_nothing_is_grafted(device):
     x, mask, slope, intercept = inputs((64, 9), (9,), (9,), device, torch.float32)
     x[0, 0], x[1, 1] = math.inf, -math.inf

@@ -21,6 +21,11 @@ def test_op(case, dtype, device):
     check_op(module, (inputs(*case, device, dtype),))
 
 
+def test_takes_a_batch_in_parts(device, monkeypatch):
+    monkeypatch.setattr("lipfast.ops._matrices._PART", 2 * 3 * 5 * 7)  # two images in each
+    check_op(module, (inputs((5, 3, 5, 7), device, torch.float64),))
+
+
 def test_keeps_the_norm_of_every_image(device):
     x = torch.randn(5, 8, 3, 4, device=device, dtype=torch.float64)
     torch.testing.assert_close(l2_pool(x).norm(dim=1), x.flatten(1).norm(dim=1))
@@ -89,6 +94,12 @@ def test_gradients_per_sample_are_those_of_the_batch(device):
     x = torch.randn(5, 4, 2, 3, device=device)
     single = torch.func.grad(lambda t: (l2_pool(t[None]) ** 3).sum())
     torch.testing.assert_close(torch.func.vmap(single)(x), torch.func.grad(lambda t: (l2_pool(t) ** 3).sum())(x))
+
+
+@pytest.mark.parametrize("dim", [0, 2, -1])
+def test_vmap_is_a_loop(dim, device):
+    x = torch.randn(2, 3, 5, 4, 6, device=device)
+    assert torch.equal(torch.vmap(l2_pool, dim)(x), torch.stack([l2_pool(t) for t in x.unbind(dim)]))
 
 
 def test_channels_last_and_strided_images_give_the_same(device):

@@ -68,6 +68,15 @@ struct LinearWeight {
   int64_t B, O, I, grad_pad, pad;
 };
 
+// Certified radii: the constants of a sample b and a class y begin at lipschitz + b sample_step + y row_step, `step`
+// apart.
+struct Radius {
+  const void *logits, *lipschitz;  // logits (B, K)
+  void* radius;                    // (B,), as the next two; where null, not asked for
+  int64_t *prediction, *closest;
+  int64_t K, sample_step, row_step, step;
+};
+
 // A way to run a convolution.
 struct Convolver {
   void (*pack)(int dtype, const Map&, const void* weight);
@@ -88,6 +97,7 @@ struct Kernels {
   void (*linear)(int dtype, const Linear&, int64_t block, int64_t begin, int64_t end, void* scratch);
   int64_t (*linear_weight_scratch)(int dtype, int64_t B, int64_t O);
   void (*linear_weight)(int dtype, const LinearWeight&, int64_t block, void* scratch);
+  void (*radius)(int dtype, const Radius&, int64_t begin, int64_t end);
 };
 namespace isa_default {
 const Kernels& kernels();

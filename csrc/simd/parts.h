@@ -28,5 +28,7 @@ void linear(int dtype, const Linear&, int64_t block, int64_t begin, int64_t end,
 int64_t linear_weight_scratch(int dtype, int64_t B, int64_t O);
 void linear_weight(int dtype, const LinearWeight&, int64_t block, void* scratch);
 
+void radius(int dtype, const Radius&, int64_t begin, int64_t end);
+
 }  // namespace LIPFAST_ISA
 }  // namespace lipfast

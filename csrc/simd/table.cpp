@@ -19,7 +19,8 @@ const Kernels& kernels() {
       linear_scratch,
       linear,
       linear_weight_scratch,
-      linear_weight};
+      linear_weight,
+      radius};
   return table;
 }
 

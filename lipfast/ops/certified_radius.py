@@ -15,6 +15,8 @@ where tiny, the smallest normal number, outweighs any rounding among subnormal n
 number, and a half type takes the result rounded down.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -80,14 +82,26 @@ def save(ctx, inputs, output):
 
 def backward(ctx, grad_radius, _):
     logits, lipschitz, radius, prediction = ctx.saved_tensors
-    quotient, constant = _quotients(logits, lipschitz, prediction)
-    runner = quotient.argmin(-1, keepdim=True)  # (*, 1)
-    quotient, constant = quotient.gather(-1, runner), constant.gather(-1, runner)
-    live = (radius[..., None] > 0) & (constant > 0) & (quotient < torch.finfo(quotient.dtype).max)
-    flow = torch.where(live, grad_radius[..., None] / constant.where(live, 1.0), 0.0)  # (*, 1)
-    top, K = prediction[..., None], logits.shape[-1]
-    grad_logits = torch.zeros_like(quotient).expand(logits.shape).scatter(-1, top, flow).scatter(-1, runner, -flow)
-    return grad_logits.to(logits.dtype), _to_constants(-flow * quotient, top * K + runner, lipschitz, K).to(logits.dtype)
+    closest = torch.ops.lipfast.certified_radius_closest(logits.detach(), lipschitz.detach())
+    top, runner, K = prediction[..., None], closest[..., None], logits.shape[-1]  # (*, 1)
+    wide, limits = accumulator(logits.dtype), torch.finfo(accumulator(logits.dtype))
+    margin = (logits.gather(-1, top).to(wide) - logits.gather(-1, runner).to(wide)).clamp(max=limits.max)
+    constant = _entry(lipschitz, top, runner).to(wide)
+    live = (radius[..., None] > 0) & (constant > 0) & (margin / constant < limits.max)
+    margin, constant = margin.where(live, 0.0), constant.where(live, 1.0)
+    flow = torch.where(live, grad_radius[..., None] / constant, 0.0)
+    entries, share = torch.cat((top, runner), -1), -flow * (margin / constant)
+    grad_logits = _spread(torch.cat((flow, -flow), -1).to(logits.dtype), entries, K)
+    return grad_logits, _to_constants(share, top * K + runner, lipschitz, K).to(logits.dtype)
+
+
+def closest_reference(logits: Tensor, lipschitz: Tensor) -> Tensor:  # (*)
+    """The class that attains the minimum, the first if several do."""
+    return _quotients(logits, lipschitz, logits.argmax(-1))[0].argmin(-1)
+
+
+def closest_fake(logits, lipschitz):
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)
 
 
 def _quotients(logits: Tensor, lipschitz: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:  # (*, K), (*, K)
@@ -110,16 +124,32 @@ def _row(lipschitz: Tensor, prediction: Tensor) -> Tensor:  # () or (*, K)
     return lipschitz.gather(-2, prediction[..., None, None].expand(*prediction.shape, 1, lipschitz.shape[-1])).squeeze(-2)
 
 
+def _entry(lipschitz: Tensor, top: Tensor, runner: Tensor) -> Tensor:  # () or (*, 1)
+    if lipschitz.ndim < 3:
+        return lipschitz if lipschitz.ndim == 0 else lipschitz[top, runner]
+    return lipschitz.flatten(-2).gather(-1, top * lipschitz.shape[-1] + runner)
+
+
 def _to_constants(share: Tensor, entry: Tensor, lipschitz: Tensor, K: int) -> Tensor:
     """``share`` (*, 1) of every sample, added at ``entry`` (*, 1) of its matrix."""
     if lipschitz.ndim == 0:
         return share.sum()
     if lipschitz.ndim > 2:
-        return torch.zeros_like(share).expand(*share.shape[:-1], K * K).scatter(-1, entry, share).view(lipschitz.shape)
+        return _spread(share.to(lipschitz.dtype), entry, K * K).view(lipschitz.shape)
     # index_put sorts its entries on CUDA and so adds in one order; scatter_add would use atomics
     return share.new_zeros(K * K).index_put((entry.flatten(),), share.flatten(), accumulate=True).view(K, K)
+
+
+def _spread(values: Tensor, entries: Tensor, size: int) -> Tensor:  # (*, size)
+    """``values`` at ``entries``, which differ, and 0 elsewhere; for half types much faster on a CPU than scatter."""
+    *lead, n = entries.shape
+    B = math.prod(lead)
+    places = entries.reshape(B, n) + size * torch.arange(B, device=entries.device)[:, None]
+    return values.new_zeros(B * size).index_put_((places,), values.reshape(B, n)).view(*lead, size)
 
 
 _op = torch.library.custom_op("lipfast::certified_radius", reference, mutates_args=())
 _op.register_fake(fake)
 _op.register_autograd(backward, setup_context=save)
+_closest = torch.library.custom_op("lipfast::certified_radius_closest", closest_reference, mutates_args=())
+_closest.register_fake(closest_fake)

@@ -19,6 +19,8 @@ from lipfast.ops._arguments import check_alike, check_leading, check_mask, check
 from lipfast.ops.interval_conv2d import _output_size, _pair, geometry
 from lipfast.ops.spectral_norm_estimate import _random
 
+_PART = 2**20  # numbers of an image that a thread of a CPU takes at once
+
 
 def conv2d_norm_estimate(
     weight: Tensor,  # (*, O, C / groups, kernel height, kernel width)
@@ -125,6 +127,42 @@ def reference(
     return (left * image).sum((1, 2, 3)).to(weight.dtype), left, right
 
 
+def in_parts(
+    weight: Tensor,
+    input_mask: Tensor | None,
+    output_mask: Tensor | None,
+    start: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference``, on a CPU of so many samples at a time that what lies between two convolutions stays in its cache."""
+    rest = (input_size, stride, padding, dilation, groups, iterations)
+    out = fake(weight, input_mask, output_mask, start, *rest)
+    parts = _parts(*out[1:])
+    if len(parts) == 1:
+        return reference(weight, input_mask, output_mask, start, *rest)
+    for part in parts:
+        of_input, of_output, first = (_part(t, part) for t in (input_mask, output_mask, start))
+        answer = reference(weight[part] if weight.ndim == 5 else weight, of_input, of_output, first, *rest)
+        for whole, piece in zip(out, answer, strict=True):
+            whole[part] = piece
+    return out
+
+
+def _parts(left: Tensor, right: Tensor) -> list[slice]:
+    numbers, B = max(left[:1].numel(), right[:1].numel(), 1), len(right)
+    step = max(1, _PART * torch.get_num_threads() // numbers) if right.device.type == "cpu" else max(B, 1)
+    return [slice(first, first + step) for first in range(0, max(B, 1), step)]
+
+
+def _part(t: Tensor | None, part: slice) -> Tensor | None:
+    return t if t is None or len(t) == 1 else t[part]
+
+
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask  # a product, so that a NaN stays one
 
@@ -176,18 +214,24 @@ def fake(weight, input_mask, output_mask, start, input_size, stride, padding, di
 def save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(inputs[0], inputs[2], output[2])
-    ctx.where = inputs[5:9]
+    ctx.where, ctx.parts = inputs[5:9], _parts(*output[1:])
+    ctx.set_materialize_grads(False)  # of the vectors, which are as large as the layer's output
 
 
 def backward(ctx, grad, _left, _right):
     weight, output_mask, right = ctx.saved_tensors
     wide = weight.to(right.dtype)
-    with torch.no_grad():  # left again: to keep it would take as much memory as the layer's output
-        left = _unit(_masked(_convolve(right, wide, *ctx.where), output_mask))
-    flow = grad.to(left.dtype).reshape(-1, 1, 1, 1) * left
-    return _gradients(False, flow, right, wide, *ctx.where).to(weight.dtype), *[None] * 9
+    grads = []
+    for part in ctx.parts:
+        own = wide[part] if weight.ndim == 5 else wide
+        with torch.no_grad():  # left again: to keep it would take as much memory as the layer's output
+            left = _unit(_masked(_convolve(right[part], own, *ctx.where), _part(output_mask, part)))
+        flow = grad[part].to(left.dtype).reshape(-1, 1, 1, 1) * left
+        grads.append(_gradients(False, flow, right[part], own, *ctx.where))
+    total = torch.cat(grads) if weight.ndim == 5 else torch.stack(grads).sum(0)
+    return total.to(weight.dtype), *[None] * 9
 
 
-_op = torch.library.custom_op("lipfast::conv2d_norm_estimate", reference, mutates_args=())
+_op = torch.library.custom_op("lipfast::conv2d_norm_estimate", in_parts, mutates_args=())
 _op.register_fake(fake)
 _op.register_autograd(backward, setup_context=save)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lipfast.ops._arguments import check_alike, check_broadcasts
+from lipfast.ops._matrices import joined, parts
 
 
 def grafted_relu(
@@ -68,7 +69,7 @@ class _Grafted(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, floor: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-        return torch.addcmul(offset, x.clamp(floor), gain)
+        return joined([torch.addcmul(offset, part.clamp(floor), gain) for part in _parts(x, floor, gain, offset)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -78,13 +79,25 @@ class _Grafted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, floor, gain, offset = ctx.saved_tensors
         to_x, _, to_gain, to_offset = ctx.needs_input_grad
+        pairs = list(zip(*(_parts(t, floor, gain, offset) for t in (grad, x)), strict=True))
+        # made of vector instructions on a CPU, where torch's masks go one element at a time
+        masked = lambda grad, x: torch.ops.aten.threshold_backward(grad * gain, x - floor, 0)
         return (
-            # made of vector instructions on a CPU, where torch's masks go one element at a time
-            torch.ops.aten.threshold_backward(grad * gain, x - floor, 0) if to_x else None,
+            joined([masked(*pair) for pair in pairs]) if to_x else None,
             None,
-            (grad * x).sum_to_size(gain.shape) if to_gain else None,  # of a line, which has no floor; where() drops the others
+            # of a line, which has no floor; where() drops the others
+            sum((grad * x).sum_to_size(gain.shape) for grad, x in pairs) if to_gain else None,
             grad.sum_to_size(offset.shape) if to_offset else None,
         )
+
+
+def _parts(x: Tensor, *units: Tensor) -> tuple[Tensor, ...]:
+    """A few samples at a time, which stay in a CPU's cache from pass to pass; the compiler fuses the passes.
+
+    All at once where the units differ from sample to sample.
+    """
+    alike = x.ndim > 0 and all(t.ndim < x.ndim or t.shape[0] == 1 for t in units)
+    return parts(x) if alike and not torch.compiler.is_compiling() else (x,)
 
 
 torch.library.define("lipfast::grafted_relu", torch.library.infer_schema(reference, mutates_args=()))

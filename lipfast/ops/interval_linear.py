@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lipfast import rounding
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops._definition import name_definition
 
 
 def interval_linear(
@@ -129,3 +130,4 @@ _op.register_autograd(backward, setup_context=save)
 _backward = torch.library.custom_op("lipfast::interval_linear_backward", backward_reference, mutates_args=())
 _backward.register_fake(backward_fake)
 _backward.register_autograd(backward_backward, setup_context=backward_save)
+name_definition("lipfast::interval_linear_backward", backward_reference)
