@@ -28,4 +28,4 @@ def problems(
         turns["auto_LiRPA"] = lambda: margin("estimate")
         bound, estimate = margin("bound"), margin("estimate")
         assert ((bound - estimate).abs() <= AGREE * estimate.abs().amax()).all(), (bound, estimate)
-    yield Problem("crown", f"{size}, batch {batch}", "forward", turns, warm=0, most=5)
+    yield Problem("crown", f"{size}, batch {batch}", "forward", turns)

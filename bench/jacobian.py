@@ -49,7 +49,7 @@ def problem(size: str, build: Callable[[], nn.Sequential], shape: tuple[int, ...
     assert all(tightness["sampled"] <= value * (1 + 1e-5) for value in tightness.values()), tightness
     facts = {"batch": batch, "first_class_of_the_first_image": tightness}
     targets = {"auto_LiRPA": TARGETS[size]} if size in TARGETS else {}
-    return Problem("jacobian", f"{size}, per image", "forward", turns, targets=targets, scale=each, facts=facts, warm=0, most=2)
+    return Problem("jacobian", f"{size}, per image", "forward", turns, targets=targets, scale=each, facts=facts)
 
 
 def peer(net: nn.Module, x: Tensor, eps: float) -> Callable[[int], Tensor] | None:

@@ -73,7 +73,6 @@ def problems(size: str, build: Callable[[], nn.Module], shape: tuple[int, ...], 
             work=Work(read, flops) if direction == "forward" else None,
             targets=TARGETS.get(size, {}) if direction == "both" else {},
             facts={"iterations": ITERATIONS, "seconds_aimed_at": SECONDS.get((size, direction))},
-            most=5,
         )
 
 
@@ -87,7 +86,7 @@ def proof(size: str, build: Callable[[], nn.Module], shape: tuple[int, ...], dev
     above = (bound / estimate)[apart]
     assert (above >= 1 - 1e-5).all()  # float32 estimates
     facts = {"seconds_aimed_at": SECONDS.get((size, "proven")), "above_the_estimate": above.mean().item() - 1}
-    return Problem("liplt, proven", size, "forward", {OWN: lambda: lipschitz(net, shape)}, facts=facts, warm=0, most=5)
+    return Problem("liplt, proven", size, "forward", {OWN: lambda: lipschitz(net, shape)}, facts=facts)
 
 
 def large(device: str, classes: int, pixels: int, blocks: tuple[int, ...], width: int, iterations: int) -> dict[str, Any]:

@@ -58,8 +58,6 @@ def problems(size: str, build: Callable[[], nn.Sequential], batch: int, device: 
             work=_work(net, x, label, direction),
             targets=TARGETS.get(size, {}).get(direction, {}),
             facts={"iterations": ITERATIONS},
-            warm=0,  # long enough
-            most=5,
         )
 
 

@@ -52,19 +52,18 @@ def problems(shape: tuple[int, ...], device: str) -> Iterator[Problem]:
             turns=_maps(name, shape, device),
             work=Work(5 * moved, round(flops)),
             targets=dict.fromkeys(("torch.nn", "geotorch"), TARGETS[name]),
-            warm=1,
         )
     for drift in DRIFTS:
         turns = _projections(drift, shape, device)
         targets = {"svd": TARGETS["re-projection"]}
         work = Work(2 * moved, round(1.5 * product))
-        yield Problem(f"polar, {drift:g} away", size, "forward", turns, work=work, targets=targets, warm=1)
+        yield Problem(f"polar, {drift:g} away", size, "forward", turns, work=work, targets=targets)
     for name, steps, lookahead in (("ManifoldAdam", 1, 0), ("ManifoldAdam, lookahead", LOOKAHEAD, LOOKAHEAD)):
         # half a product for the skew gradient, half for its square, one for the step; the matrix, its gradient and moments
         work = Work(7 * moved, 2 * product) * steps
         turns = _steps(steps, lookahead, shape, device)
         targets = {"geoopt canonical": TARGETS["step"]}
-        yield Problem(name, size, "forward", turns, work=work, targets=targets, facts={"steps": steps}, warm=1)
+        yield Problem(name, size, "forward", turns, work=work, targets=targets, facts={"steps": steps})
 
 
 class _Layer(nn.Module):

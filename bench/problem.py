@@ -27,13 +27,11 @@ class Problem:
     targets: dict[str, float] = field(default_factory=dict)  # the least ratio aimed at
     scale: dict[str, float] = field(default_factory=dict)  # of what a turn does to what is compared: half the batch, 2
     facts: dict[str, Any] = field(default_factory=dict)  # what else was measured
-    warm: int = 2  # rounds that do not count
-    most: int = 1000  # rounds, where one takes long
 
 
 def measure(problem: Problem, repeats: int, device: str, ceilings: Ceilings | None) -> dict[str, Any]:
     """Times a problem and prints its line; the row of the result file."""
-    times = rounds(problem.turns, min(repeats, problem.most), device, problem.warm)
+    times = rounds(problem.turns, repeats, device)
     times = {who: [problem.scale.get(who, 1.0) * s for s in samples] for who, samples in times.items()}
     row = {
         "name": problem.name,

@@ -9,15 +9,23 @@ import torch
 
 Times = dict[str, list[float]]
 _SHORTEST = 2e-3  # seconds: shorter calls are repeated inside one sample
+_LONGEST = 15.0  # seconds for all rounds
 
 
-def rounds(candidates: dict[str, Callable[[], object]], repeats: int, device: str, warm: int = 2) -> Times:
-    """Seconds per call of each candidate, one sample per round; the first ``warm`` rounds are not counted."""
+def rounds(candidates: dict[str, Callable[[], object]], repeats: int, device: str) -> Times:
+    """Seconds per call of each candidate, one sample per round, after two rounds that do not count.
+
+    Where a round takes long there are fewer, but not fewer than three if so many were asked for, and all count.
+    """
     clock = _cuda_clock() if device == "cuda" else _cpu_clock
-    loops = {}
+    loops, whole = {}, 0.0
     for name, run in candidates.items():
         run()  # compiles, allocates
-        loops[name] = 1 if device == "cuda" else max(1, math.ceil(_SHORTEST / max(_cpu_clock(run, 1), 1e-7)))
+        seconds = clock(run, 1)
+        loops[name] = 1 if device == "cuda" else max(1, math.ceil(_SHORTEST / max(seconds, 1e-7)))
+        whole += seconds * loops[name]
+    warm = 2 if whole < 1 else 0
+    repeats = min(repeats, max(3, int(_LONGEST / whole)))
     times: Times = {name: [] for name in candidates}
     for turn in range(repeats + warm):
         for name, run in candidates.items():

@@ -152,6 +152,13 @@ def test_times_are_taken_in_turns_and_compared_round_by_round(monkeypatch, capsy
     assert found["ratios"]["peer"][1] == pytest.approx(2 * (at + 6) / (at + 4))
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 9), (2.0, 7), (100.0, 3)])
+def test_long_candidates_take_fewer_rounds(seconds, rounds, monkeypatch):
+    monkeypatch.setattr(timing, "_cpu_clock", lambda run, loops: (run(), seconds)[1])
+    assert len(timing.rounds({"long": lambda: None}, 9, "cpu")["long"]) == rounds
+    assert len(timing.rounds({"long": lambda: None}, 2, "cpu")["long"]) == 2
+
+
 def test_the_floor_is_that_of_the_nearer_ceiling(monkeypatch):
     limits = ceilings.Ceilings("cpu")
     limits.copy, limits.product = {size: 1e9 for size in ceilings.SIZES}, {"float32": 1e12}
