@@ -9,7 +9,7 @@ import torch
 
 Times = dict[str, list[float]]
 _SHORTEST = 2e-3  # seconds: shorter calls are repeated inside one sample
-_LONGEST = 15.0  # seconds for all rounds
+_LONGEST = 12.0  # seconds for all rounds
 
 
 def rounds(candidates: dict[str, Callable[[], object]], repeats: int, device: str) -> Times:

@@ -45,10 +45,13 @@ def of_op(call: Call, outs: tuple[Tensor, ...], backward: bool) -> Work | None:
     if call.name in UNKNOWN:
         return None
     size = lambda ts: sum(t.numel() * t.element_size() for t in ts if isinstance(t, Tensor))
-    moved = size(call.args) + size(outs)
+    read = size(call.args)
+    if call.name == "certified_radius":  # of a sample's constants one row
+        read = size(call.args[:1]) + min(size(call.args[:1]), size(call.args[1:]))
+    moved = read + size(outs)
     forth, back = FLOPS[call.name](outs[0], call) if call.name in FLOPS else (0, 0)
-    if backward:
-        moved, forth = 2 * moved + size(call.args), forth + back
+    if backward:  # what was read, once more, and a gradient of every argument
+        moved, forth = moved + read + size(outs) + size(call.args), forth + back
     return Work(moved, round(forth))
 
 
