@@ -113,13 +113,13 @@ def best_peer(row: dict[str, Any]) -> str:
 
 
 def plot(run: dict[str, Any], path: Path) -> None:
-    """FLOP/s over FLOP/byte of every forward pass in float32, below the ceilings of the machine."""
+    """FLOP/s over FLOP/byte of forward passes in float32, below the ceilings of the machine; variants are left out."""
     from matplotlib import pyplot
 
     points = {
         name: (row["work"]["flops"] / row["work"]["bytes"], row["work"]["flops"] / own(row)[0])
         for (name, _, dtype, direction), row in compare.rows(run).items()
-        if row["work"] and row["work"]["flops"] and dtype == "float32" and (direction == "forward" or name.startswith("orth"))
+        if row["work"] and row["work"]["flops"] and dtype == "float32" and direction == "forward" and "," not in name
     }
     rates = {int(size): rate for size, rate in run["ceilings"]["bytes_per_second"].items()}
     top = run["ceilings"]["flops_per_second"]["float32"]
