@@ -88,7 +88,7 @@ def _save(a: argparse.Namespace, found: dict[str, Any], limits: ceilings.Ceiling
 
 def _problems(a: argparse.Namespace, dtype: str) -> Iterator[problem.Problem]:
     for name in (n for n in a.names if n in cases.names()):
-        yield from ops.problems(name, a.device, dtype, a.outward, a.quick)
+        yield from ops.problems(name, a.device, dtype, a.outward, a.quick, beside=not a.guard)
     if "lipnext_block" in a.names:
         for size in [block.TINY] if a.quick else block.SIZES[a.device]:
             yield from block.problems(*size, a.device, dtype, a.quick)
@@ -155,6 +155,7 @@ def _arguments() -> argparse.Namespace:
         help="where to keep the results, after each of them (bench/results/<machine>/bench.json)",
     )
     parser.add_argument("--quick", action="store_true", help="every check, tiny sizes, no meaningful time")
+    parser.add_argument("--guard", action="store_true", help="ops beside their definitions alone, as --check takes them")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="two result files of one machine")
     instead.add_argument(
@@ -182,8 +183,9 @@ def _check(a: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch finds no GPU here")
     if a.device == "cpu" and "tf32" in a.dtype:
         raise ValueError("--dtype: an arithmetic of the CPU expected, got tf32")
-    committed = record.RESULTS / record.machine(a.device) / "bench.json"
-    a.json, a.check = (committed if path == Path() else path for path in (a.json, a.check))
+    committed = record.RESULTS / record.machine(a.device)
+    a.json = committed / ("guard.json" if a.guard else "bench.json") if a.json == Path() else a.json
+    a.check = committed / "guard.json" if a.check == Path() else a.check
 
 
 def names(asked: list[str]) -> list[str]:
