@@ -14,6 +14,15 @@ from bench.problem import Problem, measure
 COMMITTED = sorted(record.RESULTS.glob("*/bench.json"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As the command sets it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def row(own=(0.9, 1.0, 1.1), torch_ratio=(1.9, 2.0, 2.1), name="skew", **more):
     ratios = {"torch": torch_ratio} if torch_ratio else {}
     return {
@@ -139,6 +148,12 @@ def test_a_run_keeps_every_row_and_leaves_no_half_of_a_file(tmp_path, monkeypatc
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
     assert run(monkeypatch, "--compare", path, path) == 0
     assert "4 not told apart" in capsys.readouterr().out
+
+
+def test_what_the_guard_is_recorded_from_is_what_it_measures(tmp_path, monkeypatch, capsys):
+    for words, beside in (([], {"torch", "solve"}), (["--guard"], {"torch"})):
+        assert run(monkeypatch, "cayley", "--quick", "--json", tmp_path / "file.json", *words) == 0
+        assert all(set(row["ratios"]) == beside for row in record.read(tmp_path / "file.json")["results"])
 
 
 def test_times_are_taken_in_turns_and_compared_round_by_round(monkeypatch, capsys):
