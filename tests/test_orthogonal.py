@@ -87,6 +87,14 @@ def test_is_orthonormal_wherever_the_parameter_goes(kind, map, dtype, scale, dev
     assert kind == "one" or not torch.allclose(getattr(layer, name), start, atol=1e-3)
 
 
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_is_orthonormal_in_a_batch_of_large_matrices(dtype, map, device):
+    layer = orthogonal(Stack(3, 220, 180).to(device, dtype), map, "matrices")
+    moved(layer, "matrices")
+    assert defect(layer.matrices, "matrices") <= 100 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("map", ["cayley", "exponential"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_is_base_times_the_map_of_an_embedded_skew_matrix(kind, map, device):

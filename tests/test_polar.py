@@ -110,6 +110,13 @@ def test_gradient_agrees_with_that_of_a_decomposition(dtype, spread, shape, devi
     assert_near(got, want, dtype, slack=2)
 
 
+def test_gradient_of_a_batch_of_large_matrices_is_that_of_each(device):
+    batch = inputs((4,), 220, 180, 0.5, device, torch.float64).requires_grad_()
+    seed = torch.randn_like(batch)
+    slope = lambda M, G: torch.autograd.grad(polar(M), M, G)[0]
+    assert_near(slope(batch, seed), torch.stack([slope(*one) for one in zip(batch, seed, strict=True)]), torch.float64)
+
+
 def test_gradient_is_tangent_at_an_orthonormal_matrix(device):
     """There the equal singular values of a decomposition have no derivative; the factor has."""
     Q = torch.eye(7, device=device, dtype=torch.float64).requires_grad_()

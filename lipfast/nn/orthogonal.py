@@ -30,6 +30,7 @@ from torch.nn.utils import parametrize
 
 from lipfast.nn._weights import weight_of
 from lipfast.ops._cayley_around import cayley_around
+from lipfast.ops._matrices import inverse
 from lipfast.ops.polar import polar
 from lipfast.ops.skew_exponential import skew_exponential
 from lipfast.rounding import accumulator
@@ -138,7 +139,8 @@ def _cayley_columns(raw: Tensor) -> Tensor:  # (*, N, K)
     K = raw.shape[-1]
     A, B = raw[..., :K, :].double(), raw[..., K:, :].double()  # in float32 B^T B would lose |B|^2 eps of orthogonality
     eye = torch.eye(K, dtype=A.dtype, device=A.device)
-    X = torch.linalg.inv_ex(eye + (A - A.mT) / 2 + B.mT @ B).inverse
+    M = eye + (A - A.mT) / 2 + B.mT @ B
+    X = inverse(M.reshape(-1, K, K)).reshape(M.shape)
     Q = torch.cat([2 * X - eye, -2 * B @ X], -2)
     if raw.dtype == torch.float64:  # a Newton step, which has no derivative along the orthonormal matrices
         Q = Q + (Q - Q @ (Q.mT @ Q)).detach() / 2

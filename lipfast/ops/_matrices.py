@@ -8,6 +8,7 @@ from torch import Tensor
 _PART = 2**18  # numbers of a matrix or of several that a CPU takes at once
 _SIDE = {"cpu": 128, "cuda": 1024}  # of a block of a product, at least: smaller ones are slow
 _ROWS = 8  # of blocks, at most
+_UNBLOCKED = 32  # the side up to which LAPACK factorises column by column, on one thread
 
 
 def in_parts(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
@@ -22,6 +23,25 @@ def parts(batch: Tensor) -> tuple[Tensor, ...]:
 
 def joined(batches: list[Tensor]) -> Tensor:
     return batches[0] if len(batches) == 1 else torch.cat(batches)
+
+
+def inverse(
+    batch: Tensor,  # (B, N, N)
+) -> Tensor:  # (B, N, N)
+    """By LU factorisation; no check of the result, which would wait for the device."""
+    return by_factors(lambda matrix: torch.linalg.inv_ex(matrix).inverse, batch)
+
+
+def by_factors(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    """``function``, which factorises by LU, of ``batches``; on a CPU of one matrix at a time.
+
+    torch factorises the matrices of a batch on several threads. After a call to ``torch.set_num_threads`` each of these asks
+    MKL for several more, and the factors come out wrong (https://github.com/pytorch/pytorch/issues/142815).
+    """
+    first = batches[0]
+    if first.device.type != "cpu" or len(first) < 2 or first.shape[-1] <= _UNBLOCKED:
+        return function(*batches)
+    return torch.stack([function(*matrices) for matrices in zip(*batches, strict=True)])
 
 
 def transposed(batch: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
 from lipfast.ops._definition import name_definition
-from lipfast.ops._matrices import in_parts, symmetric_product, transposed
+from lipfast.ops._matrices import in_parts, inverse, symmetric_product, transposed
 from lipfast.rounding import accumulator
 
 _SIDE = 32  # of a matrix that is inverted whole
@@ -108,7 +108,7 @@ def by_halves(double: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _with_pivots(matrix: Tensor) -> Tensor:
     A = (matrix - transposed(matrix)) / 4
-    Q = torch.linalg.inv_ex(_plus_identity(A, 0.5)).inverse
+    Q = inverse(_plus_identity(A, 0.5))
     Q = Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     return torch.baddbmm(Q, Q, symmetric_product(Q.mT, Q), beta=1.5, alpha=-0.5)
 
@@ -124,7 +124,7 @@ def _inverse(matrix: Tensor) -> Tensor:
     """By halves, for a matrix whose symmetric part is positive definite."""
     N = matrix.shape[-1]
     if N <= _SIDE:
-        return torch.linalg.inv_ex(matrix).inverse  # no check, which would wait for the device
+        return inverse(matrix)
     half = slice(None, N // 2), slice(N // 2, None)
     a, b, c, d = (matrix[:, i, j] for i in half for j in half)
     first = _inverse(a)

@@ -17,12 +17,14 @@ For a tall matrix or a square one
 and the gradient solves the same equation for K, which is skew.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
 from lipfast.ops._definition import name_definition
-from lipfast.ops._matrices import in_parts, symmetric_product
+from lipfast.ops._matrices import by_factors, in_parts, symmetric_product
 from lipfast.rounding import accumulator
 
 _NEAR = 0.5  # |E|_F up to which the series is taken: thrice at most, for float64's rounding
@@ -83,7 +85,9 @@ def backward(ctx, grad):
     H = (H + H.mT) / 2
     slope = Q @ torch.ops.lipfast.polar_sylvester(H, inner - inner.mT)
     if O != I:
-        slope = slope + torch.linalg.solve_ex(H, G - Q @ inner, left=False).result
+        flat = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in (H, G - Q @ inner))
+        outside = by_factors(lambda H, R: torch.linalg.solve_ex(H, R, left=False).result, *flat)
+        slope = slope + outside.reshape(slope.shape)
     return (slope if O >= I else slope.mT).to(matrix.dtype)
 
 
