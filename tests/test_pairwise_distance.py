@@ -35,11 +35,6 @@ if torch.cuda.is_available():
     }
 
 
-@pytest.fixture(autouse=True)
-def no_size_is_too_small_for_the_kernel(monkeypatch):
-    monkeypatch.setattr(module, "_SMALL", 0)
-
-
 def inputs(shape, n_rows, n_in, p, device, dtype):
     return torch.randn(*shape, n_rows, n_in, device=device, dtype=dtype), {"p": p}
 

@@ -11,6 +11,8 @@ template <class T>
 constexpr T kSpacing = sizeof(T) == 8 ? T(0x1p-52) : T(0x1p-23);
 template <class T>
 constexpr T kTiny = sizeof(T) == 8 ? T(0x1p-1022) : T(0x1p-126);
+template <class T>
+constexpr T kLargest = sizeof(T) == 8 ? T(0x1.fffffffffffffp+1023) : T(0x1.fffffep+127f);
 
 template <class T, bool Outward>
 void center_radius(T lower, T upper, T gamma, T& m, T& r) {

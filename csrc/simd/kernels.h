@@ -77,6 +77,22 @@ struct Radius {
   int64_t K, sample_step, row_step, step;
 };
 
+// l_p distances of the rows (N, K, I) of each of N matrices, and the gradient to the rows; `norm` is p, or 0 for inf.
+constexpr int64_t kDistanceSide = 64, kGradientSide = 60, kWeightRows = 16;  // rows of a task
+constexpr int64_t kGradientBytes = 2048;                                     // of a row in a task
+struct Distance {
+  const void* rows;
+  void* out;  // (N, K, K)
+  int64_t K, I;
+  int norm;
+};
+struct DistanceGradient {
+  const void *grad, *rows, *distance;
+  void *weights, *out;  // (N, K, pitch) in the accumulating type, and (N, K, I)
+  int64_t K, I, pitch;  // pitch: K rounded up to whole vectors, and more
+  int norm;
+};
+
 // A way to run a convolution.
 struct Convolver {
   void (*pack)(int dtype, const Map&, const void* weight);
@@ -98,6 +114,13 @@ struct Kernels {
   int64_t (*linear_weight_scratch)(int dtype, int64_t B, int64_t O);
   void (*linear_weight)(int dtype, const LinearWeight&, int64_t block, void* scratch);
   void (*radius)(int dtype, const Radius&, int64_t begin, int64_t end);
+  // Rows from i with rows from j, i <= j; then the weights of rows from i, and gradients to rows from i and columns
+  // from k, or for p = inf to row i. Scratch in bytes; for p = inf it is I numbers.
+  int64_t (*distance_scratch)();
+  void (*distance)(int dtype, const Distance&, int64_t n, int64_t i, int64_t j, void* scratch);
+  void (*distance_weights)(int dtype, const DistanceGradient&, int64_t n, int64_t i);
+  int64_t (*distance_gradient_scratch)();
+  void (*distance_gradient)(int dtype, const DistanceGradient&, int64_t n, int64_t i, int64_t k, void* scratch);
 };
 namespace isa_default {
 const Kernels& kernels();

@@ -30,5 +30,11 @@ void linear_weight(int dtype, const LinearWeight&, int64_t block, void* scratch)
 
 void radius(int dtype, const Radius&, int64_t begin, int64_t end);
 
+int64_t distance_scratch();
+void distance(int dtype, const Distance&, int64_t n, int64_t i, int64_t j, void* scratch);
+void distance_weights(int dtype, const DistanceGradient&, int64_t n, int64_t i);
+int64_t distance_gradient_scratch();
+void distance_gradient(int dtype, const DistanceGradient&, int64_t n, int64_t i, int64_t k, void* scratch);
+
 }  // namespace LIPFAST_ISA
 }  // namespace lipfast

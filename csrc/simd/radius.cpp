@@ -7,8 +7,6 @@ namespace {
 
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
-template <class T>
-constexpr T kLargest = sizeof(T) == 8 ? T(0x1.fffffffffffffp+1023) : T(0x1.fffffep+127f);
 
 constexpr int64_t kRun = 16;  // classes read at once
 

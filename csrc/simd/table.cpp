@@ -20,7 +20,12 @@ const Kernels& kernels() {
       linear,
       linear_weight_scratch,
       linear_weight,
-      radius};
+      radius,
+      distance_scratch,
+      distance,
+      distance_weights,
+      distance_gradient_scratch,
+      distance_gradient};
   return table;
 }
 

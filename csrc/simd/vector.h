@@ -20,6 +20,7 @@ struct Simd;
     static Vec all(T x) { return prefix##_set1_##suffix(x); }          \
     static Vec zero() { return prefix##_setzero_##suffix(); }          \
     static Vec abs(Vec v) { return absolute; }                         \
+    static Vec root(Vec v) { return prefix##_sqrt_##suffix(v); }       \
     static Vec fma(Vec a, Vec b, Vec c) { return fused; }              \
   };
 
