@@ -22,8 +22,8 @@ from lipfast.bounds._gains import UP, fixed_gain
 from lipfast.bounds._maps import linear, transposed
 from lipfast.bounds.layers import AveragePool, Conv, Elementwise, Grafted, L2Pool, Linear, MaxMin, MaxPool, Scale, Sum, widened
 from lipfast.bounds.network import Network
+from lipfast.ops._gram_norm import gram_norm
 from lipfast.ops.pairwise_distance import pairwise_distance
-from lipfast.ops.spectral_norm_bound import gram_norm
 
 _NONLINEAR = (Elementwise, MaxMin, MaxPool, L2Pool)
 _U = 2.0**-52

@@ -23,8 +23,8 @@ from lipfast.bounds._gains import UP
 from lipfast.bounds._maps import Maps, Nonlinearity, lengths
 from lipfast.bounds.layers import Elementwise, Layer, Linear
 from lipfast.bounds.network import Network
+from lipfast.ops._gram_norm import gram_norm
 from lipfast.ops.pairwise_distance import pairwise_distance
-from lipfast.ops.spectral_norm_bound import gram_norm
 
 _PART = 2**22  # numbers of the matrices of all samples in work at a time
 

@@ -36,8 +36,8 @@ from lipfast.bounds._torus import Place, Plan
 from lipfast.bounds.layers import Conv, Elementwise, Input, Layer, Linear, MaxMin, Rearrange, Scale, Sum
 from lipfast.bounds.network import Network, Node
 from lipfast.bounds.norms import Operator
+from lipfast.ops._gram_norm import gram_norm
 from lipfast.ops.pairwise_distance import pairwise_distance
-from lipfast.ops.spectral_norm_bound import gram_norm
 
 
 def liplt_bound(network: Network, explicit: int = 0) -> Tensor:  # (K, K) float64

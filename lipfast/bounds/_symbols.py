@@ -13,7 +13,7 @@ Frobenius norm o = gamma_(n + 64) sqrt(n) ||W||_F. A computed complex product er
 
     error'  <=  (||W|| + 2 o) error + (o + gamma_(4C) ||W(w)||_F) ||S||_F,
 
-``||W||`` the torus norm; sums, factors and means likewise. :func:`lipfast.ops.spectral_norm_bound.gram_norm` then bounds the
+``||W||`` the torus norm; sums, factors and means likewise. :func:`lipfast.ops._gram_norm.gram_norm` then bounds the
 norms of all matrices so near. A product that grows too large is given up for its norm: S = 0, error = the norm.
 
 **Images made vectors.** A Linear layer with rows R, laid onto the torus, has the symbol row R(w) = N^(-1) sum_x R_x
@@ -33,7 +33,7 @@ from lipfast.bounds._gains import UP
 from lipfast.bounds._torus import Pair, Place, Plan, Step, Torus, factors, shift
 from lipfast.bounds.layers import AveragePool, Conv, Elementwise, Linear, MaxMin, Pad, Rearrange, Scale, Sum
 from lipfast.bounds.network import Network
-from lipfast.ops.spectral_norm_bound import gram_norm
+from lipfast.ops._gram_norm import gram_norm, largest_norm
 from lipfast.rounding import gamma
 
 _PART = 2**21  # complex numbers of the largest product in work at a time
@@ -172,7 +172,7 @@ class _Walk:
             return product.error
         if value.ndim < 5:
             return (value.abs() if value.ndim == 0 else gram_norm(value, 12)) * UP + product.error * UP
-        return _largest_norm(value.flatten(0, 2), floor) * UP + product.error * UP
+        return largest_norm(value.flatten(0, 2), 12, floor=floor)[0] * UP + product.error * UP
 
     def value(self, position: int, inputs: list[dict[int, Product]]) -> dict[int, Product]:
         node, place = self.network.nodes[position], self.plan.places[position]
@@ -264,7 +264,7 @@ class _Walk:
         after = self.plan.places[position]
         floor = self.found.layer.get(position, self.zero)
         alone = _fold(symbol, step.stride, after.copies)
-        here = _largest_norm(alone.flatten(0, 2), self.zero) + own
+        here = largest_norm(alone.flatten(0, 2), 12)[0] + own
         self.found.layer[position] = torch.maximum(floor, here * UP)
         rounding = gamma(4 * weight.shape[1], torch.float64, weight.device) * _frobenius(symbol)
         out = {}
@@ -336,20 +336,6 @@ def _fold(value: Tensor, stride: Pair, copies: Pair) -> Tensor:
         return value
     split = value.unflatten(2, (stride[1], copies[1])).unflatten(1, (stride[0], copies[0]))  # (F, s, g, s, g, C, columns)
     return split.permute(0, 2, 4, 5, 1, 3, 6).flatten(4) / math.sqrt(stride[0] * stride[1])
-
-
-def _largest_norm(matrices: Tensor, floor: Tensor) -> Tensor:  # (F, C, columns) -> ()
-    """A bound on the largest norm; matrices that a few iterations show to be below another's, or ``floor``, are let go."""
-    bound = floor
-    for steps in (3, 6, 12):
-        rough = gram_norm(matrices, steps)
-        highest = rough.argmax()
-        bound = torch.maximum(bound, gram_norm(matrices[highest], 12))
-        left = (~(rough <= bound)).nonzero()[:, 0]
-        if not len(left):
-            return bound
-        matrices = matrices[left]
-    return torch.maximum(bound, gram_norm(matrices, 12).amax())
 
 
 def _frobenius(value: Tensor) -> Tensor:

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from lipfast import rounding
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops._gram_gradient import gram_gradient
+from lipfast.ops._gram_norm import PART, gram_norm, largest_norm, next_up, rescaled, scaled
 from lipfast.ops.conv2d_norm_estimate import convolution
 from lipfast.ops.interval_conv2d import _output_size
-from lipfast.ops.spectral_norm_bound import _PART, _next, _rescaled, _scaled, gram_gradient, gram_norm
 
 
 def conv2d_norm_bound(
@@ -96,7 +97,7 @@ def reference(
     explicit: int,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:  # (), and the deciding frequency (2,)
-    exponent, wide = _rescaled(weight.double(), weight.abs().amax().double())
+    exponent, wide = rescaled(weight.double(), weight.abs().amax().double())
     wide = wide.unflatten(0, (groups, -1))  # (G, O, C, kernel height, kernel width)
     sides = _sides(weight, input_size, stride, padding, dilation, circular)
     taps = weight[0, 0].numel()
@@ -107,7 +108,7 @@ def reference(
     if min(weight.shape[0] * outputs, weight.shape[1] * groups * inputs) <= explicit:
         error = error * outputs**0.5 if circular else None  # two taps may read one pixel; without, entries are exact
         bound = torch.minimum(bound, gram_norm(_matrix(wide, sides), iterations, error).amax())
-    return rounding.up(_next(_scaled(bound, exponent)), weight.dtype), frequency
+    return rounding.up(next_up(scaled(bound, exponent)), weight.dtype), frequency
 
 
 class _Side(NamedTuple):
@@ -160,18 +161,9 @@ def _torus_norm(weight: Tensor, sides: list[_Side], error: Tensor, iterations: i
     """A bound on max over w of ||S(w)||, and the w that decides it."""
     bounds, found = [], []
     for part in _frequencies(weight, sides):
-        S = _symbols(weight, part, sides)
-        for steps in (3, 6, iterations) if len(part) > 1 else (iterations,):
-            rough = gram_norm(S, min(steps, iterations), error).amax(1)
-            bound, first = rough.max(0)
-            if steps < iterations:
-                bound = gram_norm(S[first], iterations, error).amax()
-            bounds.append(bound)
-            found.append(part[first])
-            left = (rough > torch.stack(bounds).amax()).nonzero()[:, 0]  # the others are below what is returned
-            S, part = S[left], part[left]
-            if not len(part):
-                break
+        bound, first = largest_norm(_symbols(weight, part, sides).flatten(0, 1), iterations, error)
+        bounds.append(bound)
+        found.append(part[first // len(weight)])
     bound, index = torch.stack(bounds).max(0)
     return bound, torch.stack(found)[index]
 
@@ -181,7 +173,7 @@ def _frequencies(weight: Tensor, sides: list[_Side]) -> Sequence[Tensor]:
     down, across = (side.period for side in sides)
     half = (torch.arange(n, device=weight.device) for n in (down, across // 2 + 1))
     entries = weight[..., 0, 0].numel() * sides[0].stride * sides[1].stride
-    return torch.cartesian_prod(*half).split(max(1, _PART // entries))
+    return torch.cartesian_prod(*half).split(max(1, PART // entries))
 
 
 def _symbols(weight: Tensor, frequencies: Tensor, sides: list[_Side]) -> Tensor:  # (F, G, O, C s s), complex

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from lipfast import rounding
 from lipfast.ops._arguments import check_alike, check_leading, check_mask, check_shape
+from lipfast.ops._gram_norm import next_up, rescaled, scaled
 from lipfast.ops.conv2d_norm_bound import conv2d_norm_bound
 from lipfast.ops.conv2d_norm_estimate import _convolve, _flat, _gradients, _masked, _unit, convolution
-from lipfast.ops.spectral_norm_bound import _next, _rescaled, _scaled
 
 _PART = 2**24  # numbers of the bases in work at a time
 
@@ -103,7 +103,7 @@ def conv2d_norm_confidence(
     shortfall = _shortfall(math.prod(image), failure_probability, iterations)
     if shortfall >= 1:
         return rounding.up(bound.double(), weight.dtype).expand(lead).clone()
-    exponent, wide = _rescaled(weight.double(), weight.abs().amax().double())
+    exponent, wide = rescaled(weight.double(), weight.abs().amax().double())
     columns, rows = (None if m is None else _flat(m, lead, 3) for m in leading.values())
     count = lead.numel()
     limits, step = [wide.new_zeros(0)], max(1, _PART // (iterations * math.prod(image)))
@@ -114,7 +114,7 @@ def conv2d_norm_confidence(
         limit = (theta / (1 - shortfall)).sqrt() * (1 + 2.0**-30) + 2.0**-200
         for mask in here:
             limit = limit if mask is None else limit.where(mask.flatten(1).any(1) | limit.isnan(), 0.0)
-        limits.append(torch.minimum(_next(_scaled(limit, exponent)), bound.double()))
+        limits.append(torch.minimum(next_up(scaled(limit, exponent)), bound.double()))
     return rounding.up(torch.cat(limits), weight.dtype).view(lead)
 
 
