@@ -57,7 +57,11 @@ def test_largest_of_many(shape, dtype, iterations):
     assert first == exact.argmax()
     assert exact[first] * SVD <= bound <= gram_norm(batch[first], iterations) * (1 + 2.0**-20)
     assert exact[first] * SVD + error <= largest_norm(batch, iterations, error)[0] <= bound * (1 + 1e-9) + error
-    assert largest_norm(batch, iterations, floor=bound * 2)[0] <= bound * 2
+    for floor, given in ((bound * 2, None), (bound * 2 + error, error)):
+        assert largest_norm(batch, iterations, given, floor)[0] <= floor
+    again, still = largest_norm(batch, iterations, floor=bound / 2)
+    assert still == first
+    torch.testing.assert_close(again, bound, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("n", range(1, 5))

@@ -117,6 +117,45 @@ def test_gradient_of_a_batch_of_large_matrices_is_that_of_each(device):
     assert_near(slope(batch, seed), torch.stack([slope(*one) for one in zip(batch, seed, strict=True)]), torch.float64)
 
 
+def test_gradient_of_large_matrices_near_the_factor_is_that_of_the_series(device):
+    batch = inputs((3,), 300, 270, 1e-3, device, torch.float32).requires_grad_()
+    mirror, seed = batch.detach().double().requires_grad_(), torch.randn_like(batch)
+    (want,) = torch.autograd.grad(module.reference(mirror), mirror, seed.double())
+    (got,) = torch.autograd.grad(polar(batch), batch, seed)
+    assert_near(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_sum_leaves_out_only_what_rounding_would(dtype, device):
+    R, eye = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=dtype, device=device), torch.eye(2, dtype=dtype, device=device)
+    for off in torch.logspace(-9, math.log10(0.4), 60, dtype=dtype):
+        for value in (1 + off, 1 - off):
+            got = torch.ops.lipfast.polar_sylvester(value * eye, R)
+            assert (got * 2 * value - R).abs().max() <= 4 * torch.finfo(dtype).eps, value
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_gradient_scales_with_its_seed(scale, device):
+    near, far = inputs((2,), 12, 12, 0.02, device, torch.float32)[0], torch.randn(12, 12, device=device)
+    matrix = torch.stack([near, far]).requires_grad_()
+    seeds = torch.randn(2, 12, 12, device=device)
+    slope = lambda seed: torch.autograd.grad(polar(matrix), matrix, seed)[0]
+    torch.testing.assert_close(slope(scale * seeds), scale * slope(seeds), rtol=1e-4, atol=1e-5 * scale)
+    one = torch.stack([scale * seeds[0], seeds[1]])  # the other one's is not disturbed
+    assert_near(slope(one)[1], slope(seeds)[1], torch.float32)
+
+
+def test_gradient_of_a_broken_matrix_is_nan_and_of_the_others_as_if_alone(device):
+    near, far = inputs((), 12, 12, 0.01, device, torch.float64), torch.randn(12, 12, device=device, dtype=torch.float64)
+    broken = torch.full_like(near, math.nan)
+    seed = torch.randn_like(near)
+    slope = lambda M: torch.autograd.grad(polar(M), M, seed.expand_as(M))[0]
+    got = slope(torch.stack([far, broken, near]).requires_grad_())
+    for alone, of_batch in ((far, got[0]), (near, got[2])):
+        torch.testing.assert_close(of_batch, slope(alone.requires_grad_()))
+    assert got[1].isnan().all()
+
+
 def test_gradient_is_tangent_at_an_orthonormal_matrix(device):
     """There the equal singular values of a decomposition have no derivative; the factor has."""
     Q = torch.eye(7, device=device, dtype=torch.float64).requires_grad_()

@@ -39,8 +39,7 @@ from torch import Tensor
 
 from lipfast.rounding import gamma
 
-PART = 2**22  # numbers of the matrices in work at a time
-_SIDE = 512  # of a product from which on halving pays
+_SIDE = 256  # of a product from which on halving pays, and of a matrix from which on Lanczos does
 MANY = 7  # products for which eigenvalues are had
 _STEPS = 64  # of Lanczos' iteration
 _EPS = torch.finfo(torch.float64).eps
@@ -101,19 +100,35 @@ def largest_norm(
     error: Tensor | None = None,  # ()
     floor: Tensor | None = None,  # ()
 ) -> tuple[Tensor, Tensor]:  # (), ()
-    """A bound on the largest of the norms, and which matrix decides it; or up to ``floor`` if none is above.
-
-    One s serves all on a CPU. They are scaled alike: what underflow takes from small ones is far below a rounding of s.
-    """
+    """A bound on the largest of the norms, and which matrix decides it; or up to ``floor`` if none is above."""
     if batch.device.type == "cpu" and iterations >= MANY and batch.numel():
-        exponent, G = rescaled(batch, parts_of(batch).abs().amax())
-        norm, P, slack, rest_slack = _product(G)
-        rough = torch.linalg.eigvalsh(_finite(P, norm))[:, -1]
-        bound, found = _completed(P, norm, rough.amax() * (1 + _margin(P)), slack, rest_slack)
-        if found.all():
-            bound = next_up(scaled(bound.amax(), exponent))
-            return bound if error is None else next_up(bound + error), rough.argmax()
+        bound, first = _by_one_number(batch, error, floor)
+        if bound.isfinite():
+            return bound, first
     return _by_stages(batch, iterations, error, floor)
+
+
+def _by_one_number(batch: Tensor, error: Tensor | None, floor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One s serves all: first that of ``floor``, then the largest eigenvalue of those that it is too small for.
+
+    They are scaled alike: what underflow takes from small ones is far below a rounding of s. Inf where there is no factor.
+    """
+    exponent, G = rescaled(batch, parts_of(batch).abs().amax())
+    norm, P, slack, rest_slack = _product(G)
+    whole = lambda bound: (
+        next_up(scaled(bound, exponent)) if error is None else next_up(next_up(scaled(bound, exponent)) + error)
+    )
+    left = torch.arange(len(batch))
+    if floor is not None:  # a little less, for what rounding adds
+        limit = scaled(floor if error is None else (floor - error).clamp(min=0), -exponent).square() * (1 - 2.0**-30)
+        bound, found = _completed(P, norm, limit.expand(len(batch)), slack, rest_slack)
+        left = (~(found & (whole(bound) <= floor))).nonzero()[:, 0]
+        if not len(left):
+            return floor, left.new_zeros(())
+    P, norm = P[left], norm[left]
+    rough = torch.linalg.eigvalsh(_finite(P, norm))[:, -1]
+    bound, found = _completed(P, norm, (rough.amax() * (1 + _margin(P))).expand(len(left)), slack, rest_slack)
+    return whole(bound.amax()).where(found.all(), torch.inf), left[rough.argmax()]
 
 
 def _by_stages(batch: Tensor, iterations: int, error: Tensor | None, floor: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -221,7 +236,7 @@ def _gram_of_lower(L: Tensor) -> Tensor:  # (*, M, M) -> (*, M, M)
         return L @ L.mH
     top, left, bottom = L[..., : M // 2, : M // 2], L[..., M // 2 :, : M // 2], L[..., M // 2 :, M // 2 :]
     corner = top @ left.mH
-    product = torch.empty_like(L)
+    product = L.new_empty(L.shape)  # by rows, which the factor is not
     product[..., : M // 2, : M // 2] = _gram_of_lower(top)
     product[..., M // 2 :, M // 2 :] = _gram_of_lower(bottom).add_(gram(left))
     product[..., : M // 2, M // 2 :], product[..., M // 2 :, : M // 2] = corner, corner.mH

@@ -31,9 +31,11 @@ from torch import Tensor
 from lipfast import rounding
 from lipfast.ops._arguments import check_alike, check_shape
 from lipfast.ops._gram_gradient import gram_gradient
-from lipfast.ops._gram_norm import PART, gram_norm, largest_norm, next_up, rescaled, scaled
+from lipfast.ops._gram_norm import gram_norm, largest_norm, next_up, rescaled, scaled
 from lipfast.ops.conv2d_norm_estimate import convolution
 from lipfast.ops.interval_conv2d import _output_size
+
+_PART = {"cpu": 2**17, "cuda": 2**22}  # numbers of the matrices in work at a time
 
 
 def conv2d_norm_bound(
@@ -159,13 +161,14 @@ def _repeats(sides: list[_Side]) -> float:  # rounded up; 1 is exact
 
 def _torus_norm(weight: Tensor, sides: list[_Side], error: Tensor, iterations: int) -> tuple[Tensor, Tensor]:  # (), (2,)
     """A bound on max over w of ||S(w)||, and the w that decides it."""
-    bounds, found = [], []
+    highest = frequency = None
     for part in _frequencies(weight, sides):
-        bound, first = largest_norm(_symbols(weight, part, sides).flatten(0, 1), iterations, error)
-        bounds.append(bound)
-        found.append(part[first // len(weight)])
-    bound, index = torch.stack(bounds).max(0)
-    return bound, torch.stack(found)[index]
+        bound, first = largest_norm(_symbols(weight, part, sides).flatten(0, 1), iterations, error, highest)
+        if highest is None or not bound <= highest:
+            highest, frequency = bound, part[first // len(weight)].clone()
+    assert highest is not None, "there is a frequency"
+    assert frequency is not None
+    return highest, frequency
 
 
 def _frequencies(weight: Tensor, sides: list[_Side]) -> Sequence[Tensor]:
@@ -173,7 +176,7 @@ def _frequencies(weight: Tensor, sides: list[_Side]) -> Sequence[Tensor]:
     down, across = (side.period for side in sides)
     half = (torch.arange(n, device=weight.device) for n in (down, across // 2 + 1))
     entries = weight[..., 0, 0].numel() * sides[0].stride * sides[1].stride
-    return torch.cartesian_prod(*half).split(max(1, PART // entries))
+    return torch.cartesian_prod(*half).split(max(1, _PART[weight.device.type] // entries))
 
 
 def _symbols(weight: Tensor, frequencies: Tensor, sides: list[_Side]) -> Tensor:  # (F, G, O, C s s), complex

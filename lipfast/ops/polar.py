@@ -14,20 +14,29 @@ For a tall matrix or a square one
 
     dQ = Q K + (I - Q Q^T) dM H^-1,        H K + K H = Q^T dM - dM^T Q,
 
-and the gradient solves the same equation for K, which is skew.
+and the gradient solves the same equation for K, which is skew. Near to Q, where H = I + D, K is the sum of
+
+    T_0 = R / 2,        T_(n+1) = -(D T_n + T_n D) / 2
+
+for the right side R. A term has at most |D|_F of the norm of the one before, so |D|_F |T_n|_F / |T_0|_F bounds, but for a
+factor of (1 + |D|_F) / (1 - |D|_F), what is left out of K after T_n; |D|_F^(n+1) bounds that. It is cut where this is the
+dtype's rounding. Elsewhere the eigenvalues of H are taken.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_shape
 from lipfast.ops._definition import name_definition
-from lipfast.ops._matrices import by_factors, in_parts, symmetric_product
+from lipfast.ops._matrices import by_factors, in_parts, symmetric_product, transposed
 from lipfast.rounding import accumulator
 
 _NEAR = 0.5  # |E|_F up to which the series is taken: thrice at most, for float64's rounding
+_TERMS = 12  # of the sum, at most: as long as a decomposition takes
+_SURE = 1e-6, 1e18  # norms between which no square of float32 that matters overflows or vanishes
 
 
 def polar(
@@ -48,7 +57,7 @@ def polar(
     Accuracy: ``|Q^T Q - I|_2`` below 20 eps as tested; an error of M moves Q by up to itself over the least singular value.
         NaN or Inf in a matrix makes all of it NaN.
     Gradient: of full rank; grows as 1 over the sum of the two least singular values (wide or tall: the least one) and is
-        not finite without full rank.
+        not finite without full rank. Waits and chooses as the factor itself does.
 
     >>> polar(torch.tensor([[3., 0.], [0., -2.]]))
     tensor([[ 1.,  0.],
@@ -62,7 +71,7 @@ def polar(
 def reference(matrix: Tensor) -> Tensor:
     O, I = matrix.shape[-2:]
     tall = (matrix if O >= I else matrix.mT).to(accumulator(matrix.dtype))
-    Q = in_parts(_factor, tall.reshape(-1, *tall.shape[-2:])).reshape(tall.shape) if matrix.numel() else tall
+    Q = in_parts(_factor, _flat(tall)).reshape(tall.shape) if matrix.numel() else tall
     return (Q if O >= I else Q.mT).to(matrix.dtype, copy=True).contiguous()
 
 
@@ -79,16 +88,13 @@ def backward(ctx, grad):
     O, I = matrix.shape[-2:]
     if matrix.dtype != accumulator(matrix.dtype):
         Q = torch.ops.lipfast.polar(matrix.to(accumulator(matrix.dtype)))
-    tall = lambda t: (t if O >= I else t.mT).to(Q.dtype)
+    tall = lambda t: _flat(t if O >= I else t.mT).to(Q.dtype)
     M, Q, G = tall(matrix), tall(Q), tall(grad)
-    H, inner = Q.mT @ M, Q.mT @ G
-    H = (H + H.mT) / 2
-    slope = Q @ torch.ops.lipfast.polar_sylvester(H, inner - inner.mT)
+    H, inner = symmetric_product(Q.mT, M), Q.mT @ G
+    slope = Q @ torch.ops.lipfast.polar_sylvester(H, inner - transposed(inner))
     if O != I:
-        flat = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in (H, G - Q @ inner))
-        outside = by_factors(lambda H, R: torch.linalg.solve_ex(H, R, left=False).result, *flat)
-        slope = slope + outside.reshape(slope.shape)
-    return (slope if O >= I else slope.mT).to(matrix.dtype)
+        slope = slope + by_factors(lambda H, R: torch.linalg.solve_ex(H, R, left=False).result, H, G - Q @ inner)
+    return (slope if O >= I else slope.mT).reshape(matrix.shape).to(matrix.dtype)
 
 
 def sylvester_reference(
@@ -96,9 +102,7 @@ def sylvester_reference(
     skew: Tensor,  # (*, N, N)
 ) -> Tensor:  # (*, N, N)
     """The skew K with H K + K H = R."""
-    values, vectors = torch.linalg.eigh(symmetric)
-    inside = vectors.mT @ skew @ vectors
-    return (vectors @ (inside / (values[..., None] + values[..., None, :])) @ vectors.mT).contiguous()
+    return in_parts(_skew_solution, _flat(symmetric), _flat(skew)).reshape(skew.shape).contiguous()
 
 
 def sylvester_fake(symmetric, skew):
@@ -116,27 +120,40 @@ def sylvester_backward(ctx, grad):
     return product + product.mT, of_skew
 
 
+def _flat(t: Tensor) -> Tensor:  # (*, O, I) -> (B, O, I)
+    return t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:])
+
+
 def _factor(tall: Tensor) -> Tensor:  # (B, O, I), O >= I
     E = _defect(tall)
-    size = torch.linalg.matrix_norm(E.detach())
-    near = size <= _NEAR
+    return _by_distance(torch.linalg.matrix_norm(E.detach()) <= _NEAR, _steps, _decomposed, tall, E)
+
+
+def _by_distance(near: Tensor, series: Callable[..., Tensor], decomposed: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    """``series`` of the near matrices, ``decomposed`` of the others; NaN where the first of ``batches`` is not finite."""
     if near.all():
-        return _steps(tall, E)
-    out = torch.full_like(tall, torch.nan)
-    far = (~near & tall.isfinite().all(-1).all(-1)).nonzero()[:, 0]
-    if near.any():
-        out = out.index_put((near.nonzero()[:, 0],), _steps(tall[near], E[near]))
-    if len(far):
-        U, _, Vh = torch.linalg.svd(tall[far], full_matrices=False)
-        Q = U @ Vh
-        out = out.index_put((far,), _steps(Q, _defect(Q)))  # a last step for what rounding took
+        return series(*batches)
+    out = torch.full_like(batches[0], torch.nan)
+    far = ~near & batches[0].isfinite().all(-1).all(-1)
+    for chosen, function in ((near, series), (far, decomposed)):
+        if chosen.any():
+            out = out.index_put((chosen.nonzero()[:, 0],), function(*(batch[chosen] for batch in batches)))
     return out
 
 
+def _decomposed(tall: Tensor, _: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(tall, full_matrices=False)
+    Q = U @ Vh
+    return _steps(Q, _defect(Q))  # a last step for what rounding took
+
+
 def _defect(Q: Tensor) -> Tensor:
-    E = symmetric_product(Q.mT, Q)
-    E.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return E
+    return _less_identity(symmetric_product(Q.mT, Q))
+
+
+def _less_identity(symmetric: Tensor) -> Tensor:
+    symmetric.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return symmetric
 
 
 def _steps(Q: Tensor, E: Tensor) -> Tensor:
@@ -155,6 +172,30 @@ def _steps(Q: Tensor, E: Tensor) -> Tensor:
         if 0.65 * size**5 <= enough:
             return Q
         E = _defect(Q)
+
+
+def _skew_solution(H: Tensor, R: Tensor) -> Tensor:  # (B, N, N)
+    D = _less_identity(H.clone())
+    near = torch.linalg.matrix_norm(D) ** (_TERMS + 1) <= torch.finfo(D.dtype).eps
+    return _by_distance(near, _sum, _from_eigenvalues, H, R, D)
+
+
+def _sum(_: Tensor, R: Tensor, D: Tensor) -> Tensor:
+    term = R / 2
+    K, first, size = term.clone(), torch.linalg.matrix_norm(term), torch.linalg.matrix_norm(D)
+    sure = (first > _SURE[0]) & (first < _SURE[1])
+    left = size  # of K, at most
+    while (left > torch.finfo(D.dtype).eps).any():
+        product = torch.baddbmm(term, D, term, beta=0, alpha=-0.5)
+        term = product - transposed(product)
+        K += term
+        left = size * torch.where(sure, torch.linalg.matrix_norm(term) / first, left)
+    return K
+
+
+def _from_eigenvalues(H: Tensor, R: Tensor, _: Tensor) -> Tensor:
+    values, V = torch.linalg.eigh(H)
+    return V @ (V.mT @ R @ V / (values[..., None] + values[..., None, :])) @ V.mT
 
 
 _op = torch.library.custom_op("lipfast::polar", reference, mutates_args=())

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from lipfast.ops._arguments import check_alike, check_leading, check_mask, check_shape
 from lipfast.ops._gram_gradient import eigen_gradient, gram_gradient
-from lipfast.ops._gram_norm import PART, gram_norm
+from lipfast.ops._gram_norm import gram_norm
 from lipfast.rounding import up
+
+_PART = {"cpu": 2**18, "cuda": 2**22}  # numbers of the matrices in work at a time
 
 
 def spectral_norm_bound(
@@ -36,7 +38,7 @@ def spectral_norm_bound(
         not, gives NaN or Inf.
     Gradient: to weight, the bound times that of the logarithm of the Schatten norm of order 2^(iterations + 1), which it
         bounds; 0 where the bound is 0.
-    Memory: masked matrices are made and multiplied in parts of 32 MiB, or one at a time if they are larger.
+    Memory: masked matrices are made and multiplied in parts of 32 MiB (on a CPU 2 MiB), or one at a time if they are larger.
 
     >>> spectral_norm_bound(torch.tensor([[3., 0.], [0., 4.]]), torch.tensor([[True, True], [True, False]]))
     tensor([4.0000, 3.0000])
@@ -131,7 +133,7 @@ def _leading(weight: Tensor, *masks: Tensor | None) -> torch.Size:
 def _parts(weight: Tensor, input_mask: Tensor | None, output_mask: Tensor | None) -> Iterator[Tensor]:
     """The masked matrices in float64, some at a time, (B, O, I) each."""
     lead, (O, I) = _leading(weight, input_mask, output_mask), weight.shape[-2:]
-    count, step = math.prod(lead), max(1, PART // max(1, O * I))
+    count, step = math.prod(lead), max(1, _PART[weight.device.type] // max(1, O * I))
     flat = lambda t, *shape: t.expand(*lead, *shape).reshape(count, *shape)
     columns = None if input_mask is None else flat(input_mask, I)
     rows = None if output_mask is None else flat(output_mask, O)

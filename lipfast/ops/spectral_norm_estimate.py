@@ -19,6 +19,8 @@ from torch import Tensor
 from lipfast.ops._arguments import check_alike, check_leading, check_mask, check_shape
 from lipfast.rounding import accumulator
 
+_SURE = 1e-12, 1e18  # lengths between which no square of float32 or float64 that matters overflows or vanishes
+
 
 def spectral_norm_estimate(
     weight: Tensor,  # (*, O, I)
@@ -74,6 +76,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sigma in the weight's dtype; left and right in that of the sums."""
     wide = weight.to(accumulator(weight.dtype))
+    input_mask, output_mask = (None if mask is None else mask.to(wide.dtype) for mask in (input_mask, output_mask))
     lead = _leading(weight, input_mask, output_mask, start)
     with torch.no_grad():
         spare_left, spare_right = (
@@ -132,6 +135,18 @@ def _split(vector: Tensor) -> tuple[Tensor, Tensor]:  # (*, N) -> (*, 1), (*, N)
     """Length and direction; the direction of zero is zero."""
     if vector.shape[-1] == 0:
         return vector.sum(-1, keepdim=True), vector
+    if vector.device.type != "cpu":  # to look at a length would wait for the device
+        return _scaled_split(vector)
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    sure = (length > _SURE[0]) & (length < _SURE[1])  # NaN is not
+    plain = length, vector / length
+    if sure.all():
+        return plain
+    length, direction = (torch.where(sure, *both) for both in zip(plain, _scaled_split(vector), strict=True))
+    return length, direction
+
+
+def _scaled_split(vector: Tensor) -> tuple[Tensor, Tensor]:
     largest = vector.detach().abs().amax(-1, keepdim=True)
     scale = largest.where((largest > 0) & (largest < torch.inf), 1.0)
     length = torch.linalg.vector_norm(vector / scale, dim=-1, keepdim=True)
@@ -140,6 +155,8 @@ def _split(vector: Tensor) -> tuple[Tensor, Tensor]:  # (*, N) -> (*, 1), (*, N)
 
 def _unit(vector: Tensor, spare: Tensor) -> Tensor:
     length, direction = _split(vector)
+    if vector.device.type == "cpu" and length.all():
+        return direction
     return torch.where(length == 0, spare, direction)
 
 

@@ -59,7 +59,7 @@ def less_identity(A: Tensor) -> Tensor:  # (B, N, N) -> (B, N, N)
         return skew_product(square, A).mul_(third).add_(A).add_(square, alpha=0.5)
     factor = (A * third).addcmul_(square, fourth)  # 1/2 + A/6 + A^2/24
     factor.diagonal(dim1=-2, dim2=-1).add_(0.5)
-    out = torch.baddbmm(A, square, factor)
+    out = (square @ factor).add_(A)
     if largest >= BANDS[2]:
         far = (size >= BANDS[2]).nonzero()[:, 0]
         exact = skew_exponential(A[far])

@@ -191,29 +191,34 @@ class ManifoldAdam(Optimizer):
 
     def _move(self, group: dict[str, Any], part: Part, step: int) -> None:
         """The step numbered ``step`` of some matrices, and what falls due with it."""
-        (b1, b2), eps = group["betas"], group["eps"]
         X = self._read(part, None)
-        gradient = together([matrices(p.grad)[rows] for p, rows, _ in part if p.grad is not None]).to(X.dtype)
-        inner = X.mT @ gradient
-        g = (inner - transposed(inner)).div_(2)
-        m = self._read(part, "exp_avg").lerp_(g, 1 - b1)
-        v = self._read(part, "exp_avg_sq").mul_(b2).addcmul_(g, g, value=1 - b2)
-        self._write(part, "exp_avg", m)
-        self._write(part, "exp_avg_sq", v)
-        scale = (1 - b2**step) ** 0.5  # of both sides of the fraction, so that v^ is not formed
-        D = v.sqrt().add_(eps * scale).reciprocal_().mul_(m).mul_(-float(group["lr"]) * scale / (1 - b1**step))
-        X = torch.baddbmm(X, X, less_identity(D))
+        D = self._direction(group, part, X, step)
+        X.add_(X @ less_identity(D))
         if group["lookahead"]:
-            travelled = self._read(part, "travelled") + D
+            travelled = self._read(part, "travelled").add_(D)
             if step % group["lookahead"] == 0:
                 slow = self._read(part, "slow")
-                X = torch.baddbmm(slow, slow, less_identity(group["alpha"] * travelled))
+                X = slow.add_(slow @ less_identity(group["alpha"] * travelled))
                 self._write(part, "slow", X)
-                travelled = torch.zeros_like(D)
+                travelled.zero_()
             self._write(part, "travelled", travelled)
         self._write(part, None, X)
         if group["retraction"] and step % group["retraction"] == 0:
             self._retract(part)
+
+    def _direction(self, group: dict[str, Any], part: Part, X: Tensor, step: int) -> Tensor:
+        """D, and the moments behind it: the step of Adam from zero, in one pass over memory."""
+        gradient = together([matrices(p.grad)[rows] for p, rows, _ in part if p.grad is not None]).to(X.dtype)
+        half = torch.baddbmm(X, X.mT, gradient, beta=0, alpha=0.5)
+        g, m, v = half - transposed(half), self._read(part, "exp_avg"), self._read(part, "exp_avg_sq")
+        D, before = half.zero_(), torch.full((), step - 1.0, device=X.device)
+        adam(
+            [D], [g], [m], [v], [], [before], fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
+            beta1=group["betas"][0], beta2=group["betas"][1], lr=float(group["lr"]), eps=group["eps"],
+        )  # fmt: skip
+        self._write(part, "exp_avg", m)
+        self._write(part, "exp_avg_sq", v)
+        return D
 
     def _retract(self, part: Part) -> None:
         for name in (None, "slow"):
