@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lipfast import rounding
 from lipfast.ops._arguments import check_alike, check_shape
+from lipfast.ops._matrices import joined, parts
 from lipfast.ops.interval_linear import _rows
 
 
@@ -80,7 +81,25 @@ def row_norms(weight: Tensor, p: float) -> Tensor:  # (O, I) -> (O,)
     """The dual norm of every row, in float64."""
     if p == 1:  # the maximum by its index: amax would share the gradient among ties
         return weight.gather(1, weight.abs().argmax(1, keepdim=True)).squeeze(1).double().abs()
-    return torch.linalg.vector_norm(weight.double(), 2 if p == 2 else 1, 1)
+    return joined([torch.linalg.vector_norm(part.double(), 2 if p == 2 else 1, 1) for part in parts(weight)])
+
+
+def norm_slopes(
+    weight: Tensor,  # (O, I)
+    norms: Tensor,  # (O,)
+    share: Tensor,  # (O,)
+    p: float,
+) -> Tensor:  # (O, I)
+    """``share`` times the derivatives of :func:`row_norms`, which are ``norms``."""
+    if p == 1:
+        first = weight.abs().argmax(1, keepdim=True)
+        slope = weight.gather(1, first).sign() * share[:, None]
+        return torch.zeros_like(weight).scatter(1, first, slope.to(weight.dtype))
+    if p == math.inf:
+        return weight.sign() * share[:, None].to(weight.dtype)
+    rows = parts(weight)
+    factors = (share / norms.where(norms != 0, math.inf))[:, None].split([len(part) for part in rows])
+    return joined([(part * factor).to(weight.dtype) for part, factor in zip(rows, factors, strict=True)])
 
 
 def reference(
@@ -134,12 +153,12 @@ def backward(ctx, grad_lower, grad_upper):
     grad_mid, grad_reach = grad_upper + grad_lower, grad_upper - grad_lower  # (*, O)
     grad_center = grad_mid @ weight if need_center else None
     grad_radius = grad_weight = None
-    norms, pull = torch.func.vjp(lambda w: row_norms(w, ctx.p), weight)[:2]
+    norms = row_norms(weight, ctx.p)
     if need_radius:
         grad_radius = (grad_reach @ norms.to(weight.dtype)).sum_to_size(radius.shape)
     if need_weight:
         from_norms = (grad_reach * radius[..., None]).sum_to_size(norms.shape)
-        grad_weight = _rows(grad_mid).mT @ _rows(center) + pull(from_norms.double())[0]
+        grad_weight = _rows(grad_mid).mT @ _rows(center) + norm_slopes(weight, norms, from_norms.double(), ctx.p)
     grad_bias = grad_mid.sum_to_size(weight.shape[:1]) if need_bias else None
     return grad_center, grad_radius, grad_weight, grad_bias, None, None
 
