@@ -11,6 +11,7 @@ from bench.problem import COMPILED, DEFINITION, OWN, Problem
 
 OWN_COMPILED = "lipfast compiled"  # matters where torch.compile sees through the op
 OWN_GRAPH = "lipfast graph"
+_OF_ANOTHER_NORM = ("spectral_norm_bound", "conv2d_norm_bound")  # their gradient is; autograd on the proof is no gradient
 
 
 def problems(name: str, device: str, dtype: str, outward: bool, quick: bool, beside: bool = True) -> Iterator[Problem]:
@@ -57,6 +58,8 @@ def _compiled(call: cases.Call, function: Callable) -> Callable | None:
 
 def _problem(call: cases.Call, size: str, functions: dict, device: str, dtype: str, backward: bool) -> Problem | None:
     bound = {who: call.bind(f) for who, f in functions.items()}
+    if backward and call.name in _OF_ANOTHER_NORM:
+        del bound[DEFINITION]
     if backward:
         bound = {who: f for who, f in bound.items() if any(o.requires_grad for o in f(*_leaves(call.args)))}
         if OWN not in bound:

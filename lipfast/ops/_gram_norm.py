@@ -208,7 +208,7 @@ def _lanczos(P: Tensor) -> Tensor:  # (r, r) -> ()
     for _ in range(_STEPS):
         w = P @ v - beside[-1] * before
         diagonal.append(torch.vdot(v, w).real)
-        w -= diagonal[-1] * v
+        w = w - diagonal[-1] * v
         beside.append(torch.linalg.vector_norm(w))
         before, v = v, w / beside[-1].clamp(min=2.0**-500)
     off = torch.stack(beside[1:-1])
