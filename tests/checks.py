@@ -4,6 +4,12 @@ A test file supplies inputs and cases, and calls check_op(module, args, **option
 in the order of its signature, ``options`` the rest by name, in the types of the registered schema.
 """
 
+import io
+import os
+import subprocess
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.testing import assert_close
@@ -48,6 +54,14 @@ def check_op(module, args, gradient: bool = True, **options):
         _check_gradient(module, op, args, options, dtype)
     leaves = [t.detach().requires_grad_(gradient and t.is_floating_point()) if isinstance(t, Tensor) else t for t in args]
     torch.library.opcheck(getattr(torch.ops.lipfast, name).default, tuple(leaves), options)
+
+
+def in_process(script: str, **environment: str) -> Any:
+    """What ``script`` saves to its standard output, in a process of its own; threads and instruction sets are set there."""
+    run = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, check=True, timeout=300
+    )
+    return torch.load(io.BytesIO(run.stdout))
 
 
 def _check_gradient(module, op, args, options, dtype):

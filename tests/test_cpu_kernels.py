@@ -1,10 +1,6 @@
 """What only the compiled CPU kernels can get wrong: instruction sets, transforms, threads, and where a NaN ends up."""
 
-import io
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ import lipfast.ops.certified_radius as radius_module
 import lipfast.ops.interval_conv2d as module
 import lipfast.ops.interval_linear as interval_linear_module
 from lipfast import certified_radius, interval_conv2d, interval_linear, loaded
-from tests.checks import DTYPES, assert_near
+from tests.checks import DTYPES, assert_near, in_process
 from tests.test_interval_conv2d import inputs
 
 pytestmark = pytest.mark.skipif(not loaded["cpu"], reason="the CPU kernels are not built")
@@ -117,21 +113,14 @@ torch.save((torch.ops.lipfast.cpu_capability(), [[t.detach() for t in o] for o i
 """
 
 
-def in_process(**environment):
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, check=True, timeout=300
-    )
-    return torch.load(io.BytesIO(run.stdout))
-
-
 @pytest.fixture(scope="module")
 def here():
-    return in_process(OMP_NUM_THREADS="1")
+    return in_process(SCRIPT, OMP_NUM_THREADS="1")
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_answers(capability, here):
-    name, got, exact = in_process(LIPFAST_CPU_CAPABILITY=capability)
+    name, got, exact = in_process(SCRIPT, LIPFAST_CPU_CAPABILITY=capability)
     if name != capability:
         pytest.skip(f"this machine has no {capability}")
     for g, w in zip(got, here[1], strict=True):
@@ -141,7 +130,7 @@ def test_every_instruction_set_gives_the_same_answers(capability, here):
 
 
 def test_answers_do_not_depend_on_the_number_of_threads(here):
-    _, answers, exact = in_process(OMP_NUM_THREADS="3")
+    _, answers, exact = in_process(SCRIPT, OMP_NUM_THREADS="3")
     for got, want in zip(answers, here[1], strict=True):
         for g, w in zip(got, want, strict=True):
             assert torch.equal(g, w)

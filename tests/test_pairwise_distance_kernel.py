@@ -1,17 +1,13 @@
 """What only the compiled CPU kernel of pairwise_distance can get wrong: blocks, instruction sets, threads, ranges."""
 
-import io
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import lipfast.ops.pairwise_distance as module
 from lipfast import loaded, pairwise_distance
-from tests.checks import DTYPES, assert_near
+from tests.checks import DTYPES, assert_near, in_process
 
 pytestmark = pytest.mark.skipif(not loaded["cpu"], reason="the CPU kernels are not built")
 
@@ -89,21 +85,14 @@ torch.save((torch.ops.lipfast.cpu_capability(), out), sys.stdout.buffer)
 """
 
 
-def in_process(**environment):
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, check=True, timeout=300
-    )
-    return torch.load(io.BytesIO(run.stdout))
-
-
 @pytest.fixture(scope="module")
 def here():
-    return in_process(OMP_NUM_THREADS="1")
+    return in_process(SCRIPT, OMP_NUM_THREADS="1")
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_answers(capability, here):
-    name, got = in_process(LIPFAST_CPU_CAPABILITY=capability)
+    name, got = in_process(SCRIPT, LIPFAST_CPU_CAPABILITY=capability)
     if name != capability:
         pytest.skip(f"this machine has no {capability}")
     for g, w in zip(got, here[1], strict=True):
@@ -111,5 +100,5 @@ def test_every_instruction_set_gives_the_same_answers(capability, here):
 
 
 def test_answers_do_not_depend_on_the_number_of_threads(here):
-    _, got = in_process(OMP_NUM_THREADS="3")
+    _, got = in_process(SCRIPT, OMP_NUM_THREADS="3")
     assert all(map(torch.equal, got, here[1]))

@@ -21,7 +21,7 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).parents[1]
 OPS = sorted(path.stem for path in (ROOT / "lipfast" / "ops").glob("[!_]*.py"))
-FILES = [f"tests/test_{name}.py" for name in (*OPS, "cpu_kernels")]
+FILES = [f"tests/test_{name}.py" for name in (*OPS, "cpu_kernels", "pairwise_distance_kernel")]
 QUICK = ["tests/test_interval_linear.py", "tests/test_spectral_norm_bound.py"]
 FACTS = """
 import json, sys, torch, lipfast

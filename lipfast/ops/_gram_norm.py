@@ -30,7 +30,7 @@ with the norm on the right bounded as above. As ||A||_2^2 >= c up to rounding, i
 
 so no more is asked of L and s than that the last norm, which is computed from P and L L^H, is small: s is the largest
 eigenvalue of P, as computed, and a little; L the factor of s I - P. The errors of both products, gamma ||A||_F^2 and
-gamma ||L||_F^2, and of s I - P are added. The result is within 2^-21 of the norm, relative (of matrices below 512, or for more
+gamma ||L||_F^2, and of s I - P are added. The result is within 2^-21 of the norm, relative (of matrices below 256, or for more
 than 18 iterations, 2^-47 r), and twice the chain's slack. Where there is no such factor, the chain goes on.
 """
 

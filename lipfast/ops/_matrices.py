@@ -1,4 +1,4 @@
-"""Batches (B, N, N) of square matrices: in parts that fit a CPU's cache, transposed, and products that mirror themselves."""
+"""Batches of matrices: in parts that fit a CPU's cache, factorised, transposed, and products that mirror themselves."""
 
 from collections.abc import Callable
 
